@@ -1,0 +1,1 @@
+"""The edge: each module talks to exactly one foreign thing, and none knows another."""

@@ -1,0 +1,1 @@
+"""Everything Trimtab decides, as pure functions: no I/O, clock, randomness, logging, third party."""

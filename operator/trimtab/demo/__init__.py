@@ -1,0 +1,1 @@
+"""Two fleets, one Envoy, the same arrivals: what balancing by backlog changes, on one machine."""

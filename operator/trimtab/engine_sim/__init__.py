@@ -1,0 +1,1 @@
+"""A simulated vLLM server: one engine model, stepped in simulated or in real time."""
