@@ -30,7 +30,7 @@ def saturated_rate_per_s(
     engine = Engine(spec=spec, speed=speed)
     count = len(requests) * -(-MIN_REQUESTS // len(requests))
     supply = cycle(requests)
-    submitted = finished = 0
+    submitted = finished = warm = 0
     now_s = warm_s = 0.0
     while finished < WARM_UP_REQUESTS + count:
         while len(engine.waiting) < spec.max_sequences:
@@ -46,5 +46,5 @@ def saturated_rate_per_s(
         now_s += engine.begin()
         finished += len(engine.end().finished)
         if finished <= WARM_UP_REQUESTS:
-            warm_s = now_s
-    return count / (now_s - warm_s)
+            warm, warm_s = finished, now_s
+    return (finished - warm) / (now_s - warm_s)
