@@ -32,7 +32,7 @@ def saturated_rate_per_s(
     supply = cycle(requests)
     submitted = finished = warm = 0
     now_s = warm_s = 0.0
-    while finished < WARM_UP_REQUESTS + count:
+    while not warm or finished < warm + count:
         while len(engine.waiting) < spec.max_sequences:
             request = next(supply)
             engine.submit(
@@ -45,6 +45,6 @@ def saturated_rate_per_s(
             submitted += 1
         now_s += engine.begin()
         finished += len(engine.end().finished)
-        if finished <= WARM_UP_REQUESTS:
+        if not warm and finished >= WARM_UP_REQUESTS:
             warm, warm_s = finished, now_s
     return (finished - warm) / (now_s - warm_s)
