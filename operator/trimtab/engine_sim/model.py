@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """Seconds per iteration (a), prefill token (b), KV token read (c), decode (d), and
-    per product of chunk and context tokens (e, quadratic attention)."""
+    """Seconds per iteration (a), prefill token (b), KV token read (c) and decode (d).
+
+    And per product of chunk and context tokens (e, quadratic attention).
+    """
 
     a_s: float = 12.5e-3
     b_s: float = 48e-6
@@ -178,7 +180,9 @@ class Engine:
         for sequence in self.prefilling:
             if budget_tokens <= 0:
                 break
-            chunk_tokens = min(budget_tokens, sequence.to_prefill_tokens - sequence.prefilled_tokens)
+            chunk_tokens = min(
+                budget_tokens, sequence.to_prefill_tokens - sequence.prefilled_tokens
+            )
             chunks.append((sequence, chunk_tokens))
             budget_tokens -= chunk_tokens
         while self.waiting and budget_tokens > 0 and self._admits(self.waiting[0]):
@@ -190,9 +194,7 @@ class Engine:
             return 0.0
         k = self.spec.coefficients
         prefill_tokens = self.spec.batch_tokens - decodes - budget_tokens
-        seconds = (
-            k.a_s + k.b_s * prefill_tokens + k.c_s * self.kv_decoding_tokens + k.d_s * decodes
-        )
+        seconds = k.a_s + k.b_s * prefill_tokens + k.c_s * self.kv_decoding_tokens + k.d_s * decodes
         if k.e_s:
             seconds += k.e_s * sum(n * (s.prefilled_tokens + n / 2) for s, n in chunks)
         self._in_step = True
@@ -238,8 +240,10 @@ class Engine:
         return Outcome(tuple(first), tuple(finished), outputs)
 
     def _admits(self, sequence: Sequence) -> bool:
-        """Room for the prompt, and for one more token of every decode, so that an admission
-        does not cause a preemption at once."""
+        """Is there room for the prompt, and for one more token of every decode?
+
+        Without the latter an admission would cause a preemption at once.
+        """
         if self.running >= self.spec.max_sequences:
             return False
         need_tokens = sequence.prompt_tokens + sequence.generated_tokens + 1
@@ -251,7 +255,8 @@ class Engine:
         sequence.admitted = True
         sequence.prefilled_tokens = 0
         sequence.to_prefill_tokens = sequence.prompt_tokens + sequence.generated_tokens
-        self.kv_reserved_tokens += sequence.to_prefill_tokens
+        # With the first output's token, so that a prefill that ends cannot overfill the cache.
+        self.kv_reserved_tokens += sequence.to_prefill_tokens + 1
         self.prefilling.append(sequence)
         self._admissions.append(sequence)
         return sequence
@@ -261,11 +266,11 @@ class Engine:
         sequence.first_step = self._step
         if not sequence.remaining_tokens:
             sequence.done = True
-            self.kv_reserved_tokens -= sequence.to_prefill_tokens
+            sequence.admitted = False
+            self.kv_reserved_tokens -= sequence.to_prefill_tokens + 1
             finished.append(sequence)
             return
         self.decoding[sequence.id] = sequence
-        self.kv_reserved_tokens += 1
         self.kv_decoding_tokens += sequence.to_prefill_tokens + 1
         last_step = self._step + sequence.remaining_tokens
         heapq.heappush(self._finish, (last_step, sequence.id, sequence))
@@ -297,7 +302,7 @@ class Engine:
             sequence.generated_tokens += self._step - sequence.first_step
         else:
             self.prefilling.remove(sequence)
-            self.kv_reserved_tokens -= sequence.to_prefill_tokens
+            self.kv_reserved_tokens -= sequence.to_prefill_tokens + 1
         sequence.admitted = False
 
     def _make_room(self) -> None:
