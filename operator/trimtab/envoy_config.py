@@ -359,7 +359,7 @@ def _connection_manager(name: str) -> dict[str, Any]:
                 "typed_config": {
                     "@type": f"{_FILTERS}.json_to_metadata.v3.JsonToMetadata",
                     "request_rules": {
-                        "allow_content_types_regex": {"regex": r"application/json.*"},
+                        "allow_content_types_regex": {"regex": "(?i)application/json.*"},
                         "allow_empty_content_type": True,
                         "rules": [
                             {
