@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 
@@ -27,10 +28,9 @@ class Ports(click.ParamType[list[int]]):
     ) -> list[int]:
         ports: list[int] = []
         for part in value.split(","):
-            first, _, last = part.partition("-")
-            if not first.isdecimal() or not (last or first).isdecimal():
+            if not (match := re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)):
                 self.fail(f"{part!r} is neither a port nor a range such as 9001-9008", param, ctx)
-            ports += range(int(first), int(last or first) + 1)
+            ports += range(int(match[1]), int(match[2] or match[1]) + 1)
         if not ports or max(ports) > 65535:  # noqa: PLR2004  # the largest there is
             self.fail(f"{value!r} names no ports", param, ctx)
         return ports
