@@ -192,9 +192,13 @@ async def test_a_taken_xds_port_is_told(taken_port: int) -> None:
 async def test_a_second_xds_server_does_not_share_the_port() -> None:
     first = XdsServer(port=0)
     await first.start()
-    with pytest.raises(StartError):
-        await XdsServer(port=first.port).start()
-    await first.stop()
+    second = XdsServer(port=first.port)
+    try:
+        with pytest.raises(StartError):
+            await second.start()
+    finally:
+        await second.stop()
+        await first.stop()
 
 
 async def test_without_xds_envoy_is_never_ready_and_says_what_it_waits_for() -> None:
