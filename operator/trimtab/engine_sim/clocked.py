@@ -17,6 +17,7 @@ from trimtab.engine_sim.model import Engine, EngineSpec, Sequence
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from trimtab.engine_sim.pages import EngineMetrics
 
@@ -51,6 +52,7 @@ class ClockedEngine:
     spec: EngineSpec
     stream_interval: int = 1
     """The first token goes out at once, then every so many: vLLM's --stream-interval."""
+    now_s: Callable[[], float] = time.monotonic
     engine: Engine = field(init=False)
     queued_tokens: int = 0
     """Prompt tokens of requests without a first token, whole prompts: what vLLM's admission
@@ -86,7 +88,7 @@ class ClockedEngine:
             max_tokens=max_tokens,
             deliver=deliver,
             stream=stream,
-            arrived_s=time.monotonic(),
+            arrived_s=self.now_s(),
         )
         self.engine.submit(generation.sequence)
         self._generations[self._next_id] = generation
@@ -121,7 +123,7 @@ class ClockedEngine:
                 self.metrics.prefix_cache_queries_tokens += sequence.prompt_tokens
         self._due_s = start_s + duration_s
         self._timer = self.loop.call_later(
-            max(0.0, self._due_s - time.monotonic()), self._end, duration_s
+            max(0.0, self._due_s - self.now_s()), self._end, duration_s
         )
 
     def _end(self, duration_s: float) -> None:
@@ -155,5 +157,5 @@ class ClockedEngine:
                 generation.deliver(new_tokens, last=False)
                 generation.delivered_tokens = generated_tokens
             self._due[self._step + self.stream_interval].append(generation)
-        now_s = time.monotonic()
+        now_s = self.now_s()
         self._begin(due_s if now_s - due_s < STALL_S else now_s)

@@ -7,8 +7,8 @@ value. Counters mean what they mean in vLLM: prompt tokens jump by the whole pro
 first token comes out, the iteration histogram sees only iterations that emit, requests whose
 client went away appear in no request histogram.
 
-`prometheus_client` would render this page in several milliseconds; a fleet of a hundred engines,
-scraped every second, would spend a third of a core on it.
+`prometheus_client` takes 2 ms of CPU for a page of this size, this module a tenth: a fleet of a
+hundred engines that is scraped every second would spend a fifth of a core on it.
 """
 
 from __future__ import annotations
