@@ -70,6 +70,8 @@ class Pod:
     speed: float
     """Of this machine when nothing is wrong with it."""
     ready: bool = True
+    known: bool = True
+    """Not before it has joined."""
     in_flight: dict[int, Ticket] = field(default_factory=dict)
     step_ends_s: float = 0.0
 
@@ -215,6 +217,7 @@ class Fleet:
 
     def start(self, pod: Pod) -> None:
         """A pod begins to serve, cold at first."""
+        pod.known = True
         engine = pod.engine
         engine.speed = pod.speed * COLD_SPEED_RATIO
         self._set_ready(pod, ready=True)
@@ -226,6 +229,7 @@ class Fleet:
 
     def leave_out(self, pod: Pod) -> None:
         """A pod that is to join later is not there from the beginning."""
+        pod.known = False
         self._set_ready(pod, ready=False)
 
     def _set_ready(self, pod: Pod, *, ready: bool) -> None:
