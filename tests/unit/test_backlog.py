@@ -127,6 +127,19 @@ def test_lengths_are_learned_from_what_finished_against_a_prior_of_ten_requests(
     assert memory.lengths.mean_output_tokens == pytest.approx(300, rel=1e-3)
 
 
+def test_lengths_follow_the_traffic() -> None:
+    """A mean over all time would be deaf to a new kind of request after a busy week."""
+    lengths, page = Lengths(), BUSY
+    for tokens in (3000,) * 200 + (500,) * 200:
+        more = replace(
+            page,
+            finished_total=(page.finished_total or 0) + 100,
+            finished_prompt_tokens_total=(page.finished_prompt_tokens_total or 0) + 100 * tokens,
+        )
+        lengths, page = lengths.learn(page, more), more
+    assert lengths.mean_input_tokens == pytest.approx(500 + 2500 * math.exp(-4), rel=0.01)
+
+
 def test_lengths_stay_usable_when_an_engine_counts_requests_without_tokens() -> None:
     lengths = Lengths()
     for _ in range(20):
@@ -167,6 +180,23 @@ def test_one_endpoint_alone_has_no_speed_but_a_rate() -> None:
     memory = _run({A: 0.4}, 30)
     assert memory.speed_ratio == {A: 1.0}
     assert memory.rate_tokens_per_s != RATE_TOKENS_PER_S
+
+
+def test_an_endpoint_left_alone_keeps_its_speed() -> None:
+    memory = _run({A: 1.0, B: 1.0, C: 0.4}, 60)
+    page = _worked(memory.tracks[C].sample, steps=8, prompt=4000, output=32)
+    assert _take(memory, {C: page}, at_s=61).speed_ratio == {C: memory.speed_of(C)}
+
+
+def test_a_second_of_work_does_not_count_for_the_median() -> None:
+    """One odd interval of a newcomer must not make everybody else look slow."""
+    memory = _run({A: 1.0}, 30)
+    pages = {A: memory.tracks[A].sample, B: BUSY}
+    for tick in (31, 32):
+        pages[A] = _worked(pages[A], steps=20, prompt=10_000, output=80)
+        memory = _take(memory, pages, at_s=tick)
+        pages[B] = _worked(pages[B], steps=100, prompt=50_000, output=400)
+    assert memory.speed_ratio == {A: 1.0, B: 1.0}
 
 
 def test_an_endpoint_called_slow_is_forgiven_while_it_is_idle() -> None:
@@ -492,6 +522,24 @@ def test_when_all_news_is_void_all_levels_are_equal() -> None:
     void = levels(memory, [A, B], POLICY)
     assert void.level_tokens[A] == void.level_tokens[B] > 0
     assert void.news_age_s == POLICY.stale_after_s
+
+
+def test_sums_do_not_depend_on_the_order_of_endpoints() -> None:
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1; replicas must agree to the last bit."""
+    first = {A: BUSY, B: replace(BUSY, waiting=0.1), C: replace(BUSY, waiting=0.3), D: LOST}
+    more = {
+        e: _worked(p, steps=1, finished=0.1 + i / 7)
+        for i, (e, p) in enumerate(first.items())
+        if isinstance(p, Sample)
+    }
+    orders = [list(first), list(reversed(first)), [C, A, B, D]]
+    memories = []
+    for order in orders:
+        memory = _take(Memory(), {e: first[e] for e in order}, at_s=0)
+        memories.append(_take(memory, {e: more.get(e, LOST) for e in order}, at_s=1))
+    assert memories[0] == memories[1] == memories[2]
+    found = [levels(m, order, POLICY) for m, order in zip(memories, orders, strict=True)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_pool_without_endpoints_has_no_levels() -> None:

@@ -267,7 +267,7 @@ def test_data_parallel_engines_behind_one_port_are_one_endpoint() -> None:
 def test_ranks_that_tell_the_same_gauge_count_once() -> None:
     """Every tensor-parallel rank of an SGLang engine may report; its dp_ranks are the engines."""
     lines = [
-        f'sglang:{name}{{dp_rank="{dp}",tp_rank="{tp}"}} {value + dp}\n'
+        f'sglang:{name}{{dp_rank="{dp}",tp_rank="{tp}"}} {value + dp - tp}\n'
         for name, value in (("num_running_reqs", 3), ("num_queue_reqs", 5))
         for dp in (0, 1)
         for tp in (0, 1)
@@ -294,6 +294,11 @@ def test_usage_in_tokens_without_a_capacity_says_nothing() -> None:
 def test_a_name_in_a_label_of_another_engine_does_not_hide_the_engine() -> None:
     page = b'http{to="vllm:8000"} 1\ntgi_batch_current_size 1\ntgi_queue_size 2\n'
     assert parse(page) == Sample(running=1, waiting=2)
+
+
+def test_of_several_engines_that_a_page_may_be_of_the_first_is_complained_about() -> None:
+    page = b"tgi_queue_size 1\nvllm:num_requests_running 1\n"
+    assert _complaint(page) == "vllm:num_requests_waiting is missing"
 
 
 @pytest.mark.parametrize(

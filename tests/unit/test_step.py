@@ -131,6 +131,9 @@ def test_an_endpoint_without_fresh_data_is_stale_at_the_mean_with_the_reason() -
         "nothing new for 11.0 s; Unparsable: vllm:num_requests_running is missing"
     )
     assert report.drain_s == pytest.approx(decision.endpoints[A].drain_s)
+    assert report.backlog_tokens == pytest.approx(
+        report.speed_ratio * decision.endpoints[A].backlog_tokens
+    )
     assert report.speed_ratio == pytest.approx(0.5, rel=0.2)
     assert decision.changes == (f"engine-3 (10.0.0.4:8000) was Slow, is Stale: {report.reason}",)
     _, decision = _tick(state, {e: _page(32, waiting=5) for e in POOL}, at_s=32)
@@ -180,6 +183,16 @@ def test_work_is_split_among_those_that_listen() -> None:
     weights = decision.snapshot.weights
     assert weights[A] == 1
     assert weights[C] < weights[B] == weights[D] == 1000
+
+
+def test_an_endpoint_that_had_hardly_any_weight_still_leaves_when_nobody_listens() -> None:
+    """Its share moves by less than the dead band, but who may get traffic has changed."""
+    state, _ = _healthy(20)
+    pages = {e: _page(21) for e in POOL}
+    state, decision = _tick(state, pages | {A: _page(21, waiting=5000)}, at_s=21)
+    assert decision.snapshot.weights[A] < 16
+    _, decision = _tick(state, pages | {A: REFUSED}, at_s=21.5)
+    assert decision.snapshot.unreachable == {A}
 
 
 def test_if_nobody_listens_anywhere_nothing_changes() -> None:
