@@ -39,7 +39,9 @@ UPSTREAM_IDLE_S = 4  # below uvicorn's 5 s, or Envoy sends into a connection tha
 NO_LIMIT = 1_000_000  # 1024, the breakers' default, is few for streams of minutes; engines queue
 RETRIES = 3
 PANIC_PERCENT = 1  # avoid the unreachable while anybody is left; if nobody is, try all
-FAILURES_TO_EJECT = 3  # a dead host has nothing in flight, so LEAST_REQUEST would prefer it
+# A dead host has nothing in flight, so LEAST_REQUEST prefers it: of 3 it was the first choice of
+# 44 % of the requests, and each had to be sent again. Ejected, of 0.1 %.
+FAILURES_TO_EJECT = 3
 EJECT_S = 2
 
 Balance = Literal["least_request", "round_robin"]

@@ -148,7 +148,10 @@ class EnvoyProcess:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_S[1])
             self.restarts_total += 1
-            self._process = await self._spawn(binary)
+            try:
+                self._process = await self._spawn(binary)
+            except OSError:  # no memory, no descriptors: perhaps next time
+                log.exception("Envoy could not be started again")
 
     async def _wait_status(self, wanted: HTTPStatus | None, *, timeout_s: float) -> None:
         """Ask the admin interface until it answers `wanted`; None stands for any answer."""

@@ -353,9 +353,10 @@ class XdsServer:
         Raises PublishError if the previous offer for this pool was refused.
         """
         previous = self._table[EDS].get(pool)
-        if previous is None or previous.version != snapshot.version:
+        version = snapshot.version
+        if previous is None or previous.version != version:
             message = envoy_config.assignment(pool, snapshot)
-            self._table[EDS][pool] = _resource(pool, message, snapshot.version)
+            self._table[EDS][pool] = _resource(pool, message, version)
             self._tell()
         if previous is not None:
             self._raise_if_refused(pool, previous.version)
