@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from abc import abstractmethod
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -69,6 +68,9 @@ class Pod:
     engine: Engine
     speed: float
     """Of this machine when nothing is wrong with it."""
+    pace: float = 1.0
+    """What a fault leaves of it."""
+    warm: float = 1.0
     ready: bool = True
     known: bool = True
     """Not before it has joined."""
@@ -103,7 +105,7 @@ class Pod:
         )
 
 
-class Router(Protocol):
+class Router:
     """A way to choose pods. It may plan events of its own when it joins a fleet.
 
     Routers inherit, so that each says only what it hears.
@@ -114,12 +116,9 @@ class Router(Protocol):
     def join(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
-    @abstractmethod
     def route(self, ticket: Ticket) -> Pod:
         """Choose one of the fleet's ready pods; there is at least one."""
-
-    def started(self, ticket: Ticket) -> None:
-        """The first output left the pod."""
+        raise NotImplementedError
 
     def ended(self, ticket: Ticket, pod: Pod) -> None:
         """`pod` is no longer busy with it, for whatever reason."""
@@ -205,7 +204,8 @@ class Fleet:
         stream have failed.
         """
         lost = list(pod.in_flight.values())
-        pod.engine = Engine(spec=self.spec, speed=pod.speed)
+        pod.engine = Engine(spec=self.spec)
+        self._set_speed(pod, pod.pace, pod.warm)
         self._set_ready(pod, ready=False)
         for ticket in lost:
             if math.isnan(ticket.first_s):
@@ -218,19 +218,22 @@ class Fleet:
     def start(self, pod: Pod) -> None:
         """A pod begins to serve, cold at first."""
         pod.known = True
-        engine = pod.engine
-        engine.speed = pod.speed * COLD_SPEED_RATIO
+        self._set_speed(pod, pod.pace, COLD_SPEED_RATIO)
         self._set_ready(pod, ready=True)
+        self.at(self.now_s + COLD_S, lambda: self._set_speed(pod, pod.pace, 1.0))
 
-        def warm() -> None:
-            engine.speed = pod.speed
-
-        self.at(self.now_s + COLD_S, warm)
+    def set_pace(self, pod: Pod, pace: float) -> None:
+        """From its next iteration on, a pod works at so much of its speed."""
+        self._set_speed(pod, pace, pod.warm)
 
     def leave_out(self, pod: Pod) -> None:
         """A pod that is to join later is not there from the beginning."""
         pod.known = False
         self._set_ready(pod, ready=False)
+
+    def _set_speed(self, pod: Pod, pace: float, warm: float) -> None:
+        pod.pace, pod.warm = pace, warm
+        pod.engine.speed = pod.speed * pace * warm
 
     def _set_ready(self, pod: Pod, *, ready: bool) -> None:
         pod.ready = ready
@@ -266,9 +269,7 @@ class Fleet:
             return
         outcome = engine.end()
         for sequence in outcome.first:
-            ticket = pod.in_flight[sequence.id]
-            ticket.first_s = self.now_s
-            self._router.started(ticket)
+            pod.in_flight[sequence.id].first_s = self.now_s
         for sequence in outcome.finished:
             self._end(pod.in_flight[sequence.id], Ending.FINISHED)
         self._begin_step(pod)
@@ -287,8 +288,14 @@ class Fleet:
 class OpenLoop:
     """Clients that do not wait for each other: requests come when they come."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        *,
+        patience_s: Callable[[Request], float] = lambda _: math.inf,
+    ) -> None:
         self._requests = list(requests)
+        self._patience_s = patience_s
 
     def join(self, fleet: Fleet) -> None:
         fleet.open += len(self._requests)
@@ -296,7 +303,10 @@ class OpenLoop:
 
         def arrive(request: Request) -> None:
             plan()
-            fleet.arrive(request.prompt_tokens, request.output_tokens)
+            ticket = fleet.arrive(request.prompt_tokens, request.output_tokens)
+            patience_s = self._patience_s(request)
+            if patience_s < math.inf:
+                fleet.at(fleet.now_s + patience_s, partial(fleet.abort, ticket))
 
         def plan() -> None:
             request = next(upcoming, None)
