@@ -1,1 +1,158 @@
-"""Commands."""
+"""Commands, as a thin table: what a command needs is imported when it runs, so that help is quick.
+
+What the user can mend is told in one line on stderr: exit code 2 for what was written wrongly, 1
+for what could not be started.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+
+import click
+
+from trimtab import __version__
+from trimtab.ports import ConfigurationError, TrimtabError
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except TrimtabError as error:
+            click.echo(f"trimtab: {error}", err=True)
+            ctx.exit(2 if isinstance(error, ConfigurationError) else 1)
+
+
+class _Address(click.ParamType[tuple[str, int]]):
+    """HOST:PORT with an IP address; IPv6 in brackets."""
+
+    name = "host:port"
+
+    def __init__(self, *, names_too: bool = False) -> None:
+        self._names_too = names_too
+
+    def convert(
+        self,
+        value: str | tuple[str, int],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+)):([0-9]{1,5})", value)
+        if match is None or int(match[3]) > 65_535:  # noqa: PLR2004  # the largest there is
+            self.fail(f"{value!r} is not like 127.0.0.1:8000 or [::1]:8000", param, ctx)
+        host = match[1] or match[2]
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if not self._names_too:
+                self.fail(f"{host!r} is not an IP address", param, ctx)
+        return host, int(match[3])
+
+
+_listen = click.option(
+    "--listen",
+    type=_Address(),
+    default="127.0.0.1:8000",
+    show_default=True,
+    help="Where Envoy takes requests; every address: 0.0.0.0:8000.",
+)
+_admin_port = click.option(
+    "--envoy-admin-port",
+    type=click.IntRange(1, 65_535),
+    default=9901,
+    show_default=True,
+    help="Envoy's own interface, on loopback.",
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trimtab", message="%(prog)s %(version)s")
+def main() -> None:
+    """Balance LLM fleets by the tokens of work that each pod still owes."""
+
+
+@main.command()
+@click.argument("fleet", type=click.Path(path_type=Path))
+@_listen
+@click.option(
+    "--xds",
+    type=_Address(),
+    default="127.0.0.1:18000",
+    show_default=True,
+    help="Where Envoys are told weights.",
+)
+@click.option(
+    "--telemetry",
+    type=_Address(),
+    default="127.0.0.1:8081",
+    show_default=True,
+    help="Where /metrics, /healthz and /readyz are.",
+)
+@click.option("--no-envoy", is_flag=True, help="Only serve xDS, and print the bootstrap to use.")
+@click.option(
+    "--envoy",
+    type=click.Path(path_type=Path),
+    help="Envoy to start.  [default: the one that pip installed, or the PATH's]",
+)
+@_admin_port
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+)
+def standalone(
+    *,
+    fleet: Path,
+    listen: tuple[str, int],
+    xds: tuple[str, int],
+    telemetry: tuple[str, int],
+    no_envoy: bool,
+    envoy: Path | None,
+    envoy_admin_port: int,
+    log_level: str,
+) -> None:
+    """Balance the pools of a file.
+
+    The file is read again when it changes; docs/examples/fleet.yaml shows all of its fields.
+    """
+    from trimtab import app  # noqa: PLC0415  # help is quick
+
+    options = app.Standalone(
+        fleet=fleet,
+        listen=listen,
+        xds=xds,
+        telemetry=telemetry,
+        admin_port=envoy_admin_port,
+        start_envoy=not no_envoy,
+        envoy=envoy,
+    )
+    app.run(app.standalone(options), log_level=log_level)
+
+
+@main.command()
+@_listen
+@click.option(
+    "--xds",
+    type=_Address(names_too=True),
+    default="127.0.0.1:18000",
+    show_default=True,
+    help="Where Trimtab serves xDS; a name will do.",
+)
+@_admin_port
+def envoy_bootstrap(
+    *, listen: tuple[str, int], xds: tuple[str, int], envoy_admin_port: int
+) -> None:
+    """Print what makes your Envoy the gateway.
+
+    Write it to a file and start Envoy with it: envoy -c FILE.
+    """
+    from trimtab import app  # noqa: PLC0415  # help is quick
+
+    click.echo(
+        app.as_yaml(app.gateway_bootstrap(listen=listen, xds=xds, admin_port=envoy_admin_port))
+    )

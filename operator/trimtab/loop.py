@@ -66,7 +66,9 @@ async def run_pool(pool: Pool, *, publisher: Publisher, clock: Clock, witness: W
         began_s = clock.now_s()
         try:
             await _tick(pool, publisher=publisher, clock=clock, witness=witness)
-        except Exception as error:  # noqa: BLE001 - a task's top: told, and the next tick tries again
+        except Exception as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # a task group that is cancelled while a part of it fails tells the failure
             witness.failed(pool.name, error)
         ended_s = clock.now_s()
         due_s += pool.policy.interval_s

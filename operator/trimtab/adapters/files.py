@@ -117,32 +117,43 @@ class Fleet(Schema):
         return self
 
 
-def load(path: Path) -> Fleet:
-    """Read a fleet. Raises ConfigurationError with one line that names line, field and rule."""
-    return _parse(path, _read(path))
+class FleetFile:
+    """One fleet file that may change while it is used."""
 
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._followed: bytes | str = ""
+        """The content last told of, or what was wrong with it."""
 
-async def changes(path: Path, clock: Clock) -> AsyncIterator[Fleet | ConfigurationError]:
-    """Yield what the file says each time that it changes; a file that is bad or gone once."""
-    last = seen = _look(path)
-    while True:
-        await clock.sleep_until_s(clock.now_s() + LOOK_EVERY_S)
-        now = _look(path)
-        settled, seen = now == seen, now
-        if settled and now != last:
-            last = now
-            try:
-                yield _parse(path, now) if isinstance(now, bytes) else ConfigurationError(now)
-            except ConfigurationError as error:
-                yield error
+    def load(self) -> Fleet:
+        """Read the fleet. Raises ConfigurationError: one line that names line, field and rule."""
+        self._followed = content = _read(self._path)
+        return _parse(self._path, content)
 
+    async def changes(self) -> AsyncIterator[Fleet | ConfigurationError]:
+        """Yield what the file says, or what is wrong with it, once for each change since `load`."""
+        seen = self._followed
+        while True:
+            await self._clock.sleep_until_s(self._clock.now_s() + LOOK_EVERY_S)
+            before, seen = seen, self._look()
+            if seen == before and seen != self._followed:
+                self._followed = seen
+                yield self._said(seen)
 
-def _look(path: Path) -> bytes | str:
-    """The content, or what is wrong with it; both compare equal while nothing changes."""
-    try:
-        return _read(path)
-    except ConfigurationError as error:
-        return str(error)
+    def _said(self, content: bytes | str) -> Fleet | ConfigurationError:
+        if isinstance(content, str):
+            return ConfigurationError(content)
+        try:
+            return _parse(self._path, content)
+        except ConfigurationError as error:
+            return error
+
+    def _look(self) -> bytes | str:
+        try:
+            return _read(self._path)
+        except ConfigurationError as error:
+            return str(error)
 
 
 def _read(path: Path) -> bytes:

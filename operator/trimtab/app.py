@@ -1,0 +1,203 @@
+"""The composition root: one function per long-running command.
+
+Each builds the adapters it needs, starts them in an order in which a failure leaves nothing behind,
+and stops them in the reverse order: unready first, so that whoever asks us is sent elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import yaml
+
+from trimtab.adapters import scrape
+from trimtab.adapters.envoy_process import EnvoyProcess
+from trimtab.adapters.files import Fleet, FleetFile
+from trimtab.adapters.telemetry import Telemetry, configure_logs
+from trimtab.adapters.xds import XdsServer
+from trimtab.envoy_config import Listener, PoolRoute, bootstrap
+from trimtab.loop import LoopClock, Pool, run_pool
+from trimtab.ports import TrimtabError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from pathlib import Path
+
+    import aiohttp
+
+    from trimtab.ports import Clock, Publisher
+
+GATEWAY = "gateway"
+"""Envoy's only listener; all pools of a fleet share it."""
+
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # told to Envoy, not listened on
+
+log = structlog.get_logger(__name__)
+
+Address = tuple[str, int]
+
+
+def run(command: Coroutine[Any, Any, None], *, log_level: str) -> None:
+    """Run a long-running command, with its logs on stderr."""
+    configure_logs(log_level)
+    asyncio.run(command)
+
+
+class Control:
+    """One loop for each pool of a fleet, as tasks of `group`; `follow` says which fleet."""
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        *,
+        session: aiohttp.ClientSession,
+        publisher: Publisher,
+        telemetry: Telemetry,
+        clock: Clock,
+    ) -> None:
+        self._group = group
+        self._session = session
+        self._publisher = publisher
+        self._telemetry = telemetry
+        self._clock = clock
+        self._running: dict[str, tuple[Pool, asyncio.Task[None]]] = {}
+
+    def follow(self, fleet: Fleet) -> None:
+        """Start loops of new pools, end those of pools that left, tell the others what is new.
+
+        What a loop has learned about its endpoints outlives the change.
+        """
+        wanted = {pool.name: pool for pool in fleet.pools}
+        for name in self._running.keys() - wanted.keys():
+            self._running.pop(name)[1].cancel()
+            self._telemetry.forget(name)
+        for name, spec in wanted.items():
+            policy = spec.policy()
+            scraper = scrape.PageScraper(
+                self._session,
+                self._clock,
+                path=spec.metrics_path,
+                engine=spec.engine,
+                timeout_s=spec.metrics.timeout_milliseconds / 1000,
+            )
+            self._telemetry.expect(name, interval_s=policy.interval_s)
+            if name in self._running:
+                pool = self._running[name][0]
+                pool.endpoints, pool.policy, pool.scraper = spec.endpoints, policy, scraper
+            else:
+                pool = Pool(name, spec.endpoints, policy, scraper)
+                self._running[name] = pool, self._group.create_task(self._run(pool), name=name)
+
+    async def _run(self, pool: Pool) -> None:
+        await run_pool(pool, publisher=self._publisher, clock=self._clock, witness=self._telemetry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standalone:
+    """What the command line says. Addresses are (host, port)."""
+
+    fleet: Path
+    listen: Address
+    xds: Address
+    telemetry: Address
+    admin_port: int
+    start_envoy: bool = True
+    envoy: Path | None = None
+    """The binary to start; None: the one that is found."""
+
+
+async def standalone(options: Standalone) -> None:
+    """Balance the fleet of a file until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: the file cannot be carried out.
+        StartError: a part could not be started; none is left running.
+    """
+    serving = asyncio.current_task()
+    assert serving is not None  # noqa: S101  # we are in a coroutine
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, serving.cancel)
+    try:
+        await _standalone(options)
+    except asyncio.CancelledError:
+        log.info("stopped")
+    except ExceptionGroup as errors:
+        if (expected := errors.subgroup(TrimtabError)) is None:
+            raise
+        raise expected.exceptions[0] from None
+
+
+async def _standalone(options: Standalone) -> None:
+    clock = LoopClock()
+    file = FleetFile(options.fleet, clock)
+    fleet = file.load()
+    xds = XdsServer(*options.xds)
+    telemetry = Telemetry(clock, data_plane=xds)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(telemetry.serve(*options.telemetry))
+        await xds.start()
+        stack.push_async_callback(xds.stop)
+        envoy_bootstrap = gateway_bootstrap(
+            listen=options.listen, xds=(xds.host, xds.port), admin_port=options.admin_port
+        )
+        envoy: EnvoyProcess | None = None
+        if options.start_envoy:
+            envoy = EnvoyProcess(envoy_bootstrap, binary=options.envoy)
+            await envoy.start()
+            stack.push_async_callback(envoy.stop)
+        else:
+            print(as_yaml(envoy_bootstrap), flush=True)  # noqa: T201  # asked for
+        session = await stack.enter_async_context(scrape.client())
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        stack.callback(telemetry.leave)
+        control = Control(group, session=session, publisher=xds, telemetry=telemetry, clock=clock)
+        _follow(fleet, control=control, xds=xds)
+        if envoy is not None:
+            await envoy.wait_ready()
+        log.info("ready", listen=_told(options.listen), xds=_told((xds.host, xds.port)))
+        async for change in file.changes():
+            if isinstance(change, Fleet):
+                _follow(change, control=control, xds=xds)
+                log.info("the fleet file has changed", pools=[p.name for p in change.pools])
+            else:
+                log.error("the fleet file is refused, the old fleet stays", reason=str(change))
+
+
+def _follow(fleet: Fleet, *, control: Control, xds: XdsServer) -> None:
+    routes = [
+        PoolRoute(pool.name, models=pool.routing.models, hostnames=pool.routing.hostnames)
+        for pool in fleet.pools
+    ]
+    xds.set_pools({GATEWAY: routes})
+    control.follow(fleet)
+
+
+def gateway_bootstrap(*, listen: Address, xds: Address, admin_port: int) -> dict[str, Any]:
+    """Build what an Envoy has to be started with to become the gateway."""
+    xds_host, xds_port = xds
+    return bootstrap(
+        [Listener(GATEWAY, listen[1], listen[0])],
+        xds=(_ANY.get(xds_host, xds_host), xds_port),
+        admin_port=admin_port,
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write the same thing twice, as people do."""
+        del data
+        return True
+
+
+def as_yaml(document: dict[str, Any]) -> str:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
+
+
+def _told(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
