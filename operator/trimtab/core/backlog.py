@@ -147,6 +147,13 @@ class Levels(NamedTuple):
     news_age_s: float
 
 
+class Work(NamedTuple):
+    """What an engine did: tokens of prefill that it was worth, and iterations."""
+
+    tokens: float
+    steps: float
+
+
 _finished = attrgetter(
     "finished_total", "finished_prompt_tokens_total", "finished_generation_tokens_total"
 )
@@ -193,7 +200,7 @@ def estimate(
         interval_s = track.page_age_s + elapsed_s - page_age_s
         if interval_s < MIN_INTERVAL_S:
             tracks[endpoint] = _older(track, elapsed_s)
-        elif interval_s > longest_s or not _comparable(track.sample, sample):
+        elif interval_s > longest_s or not comparable(track.sample, sample):
             tracks[endpoint] = _afresh(track, sample, page_age_s)
         else:
             others_weight = total_weight - weights.get(endpoint, 0)
@@ -301,7 +308,7 @@ def _afresh(track: Track, sample: Sample, page_age_s: float) -> Track:
     )
 
 
-def _comparable(before: Sample, sample: Sample) -> bool:
+def comparable(before: Sample, sample: Sample) -> bool:
     """Whether the same counters are there and none went back."""
     return all(
         then is None if now is None else then is not None and then <= now
@@ -344,9 +351,9 @@ def _follow(
     elif sample.steps_total is not None and sample.steps_total == track.base.steps_total:
         # Either a long prompt, whose work shows at its end, or an old page, which shows nothing.
         base, base_age_s = track.base, track.base_age_s + elapsed_s
-    elif open_s <= longest_s and (work := _work(track.base, sample, lengths)) is not None:
+    elif open_s <= longest_s and (work := work_between(track.base, sample, lengths)):
         keep = math.exp(-open_s / SPEED_MEMORY_S)
-        done_tokens, busy_s = keep * done_tokens + work, keep * busy_s + open_s
+        done_tokens, busy_s = keep * done_tokens + work.tokens, keep * busy_s + open_s
         prior_s *= keep
 
     return Track(
@@ -393,8 +400,8 @@ def _kv_tokens(sample: Sample, lengths: Lengths) -> float:
     return sample.kv_used_ratio * sample.kv_capacity_tokens
 
 
-def _work(before: Sample, sample: Sample, lengths: Lengths) -> float | None:
-    """Tokens of prefill that the work between two pages was worth; None if it was not counted."""
+def work_between(before: Sample, sample: Sample, lengths: Lengths) -> Work | None:
+    """What an engine did between two comparable pages; None if it was not counted."""
     if sample.prompt_tokens_total is None or sample.generation_tokens_total is None:
         return None
     output_tokens = _grown(before.generation_tokens_total, sample.generation_tokens_total)
@@ -403,11 +410,12 @@ def _work(before: Sample, sample: Sample, lengths: Lengths) -> float | None:
     else:
         steps = _grown(before.steps_total, sample.steps_total)
     kv_tokens = (_kv_tokens(before, lengths) + _kv_tokens(sample, lengths)) / 2
-    return (
+    tokens = (
         (STEP_TOKENS + KV_TOKENS * kv_tokens) * steps
         + _grown(before.prompt_tokens_total, sample.prompt_tokens_total)
         + DECODE_TOKENS * output_tokens
     )
+    return Work(tokens, steps)
 
 
 def _speeds(
