@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 READY := .venv/ready
 ARGS ?=
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test lint bench cluster-tools lock clean
 
 demo: $(READY)
 	$(BIN)/trimtab demo $(ARGS)
@@ -26,6 +26,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# What the cluster tests start, into a cache outside the tree: 15 minutes once, then nothing.
+cluster-tools:
+	@tests/cluster/tools/build.sh
 
 # Everything is resolved once, for every platform, with hashes and without download addresses.
 lock: $(READY)
