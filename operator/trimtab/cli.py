@@ -156,3 +156,12 @@ def envoy_bootstrap(
     click.echo(
         app.as_yaml(app.gateway_bootstrap(listen=listen, xds=xds, admin_port=envoy_admin_port))
     )
+
+
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Compare Trimtab with Envoy's own balancing."""
+    from trimtab.demo.command import demo_command  # noqa: PLC0415  # help is quick
+
+    demo_command.main(arguments, prog_name="trimtab demo", standalone_mode=False)

@@ -5,8 +5,7 @@ hides its slowness. Here the schedule is fixed beforehand, and latency counts fr
 request was *due*, so lateness of the generator itself cannot hide either; it is reported as lag.
 
 The generator is a process of its own (`python -m trimtab.demo.load`), because the control loop
-and the screen must not delay arrivals. One JSON line on stdin says what to send; one JSON array a
-line comes back on stdout. End of input stops it, so it cannot outlive whoever started it.
+and the screen must not delay arrivals.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import gc
 import json
 import re
 import signal
-import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -26,14 +24,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import aiohttp
 import uvloop
 
-from trimtab.ports import StartError
+from trimtab.demo.child import end_of_input, hear, say, start_child
 from trimtab.workload import Request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 HEAD_START_S = 0.5  # between saying when the schedule starts and its start
-STOP_S = 5.0  # a generator told to stop has only to close its connections
 ANSWER_TAIL_BYTES = 2048  # holds the last two events: usage and [DONE]
 
 COMPLETE = "complete"
@@ -82,39 +79,10 @@ async def start_load(order: Order) -> AsyncIterator[tuple[float, AsyncIterator[R
     """Run the generator beside us: its start on our monotonic clock, and records as they come.
 
     Raises:
-        StartError: the process ended before it began, or with an error.
+        StartError: it ended before it began, or with an error later.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "trimtab.demo.load"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for the parent, who then closes our stdin
-    )
-    # PIPEs were asked for; the type checker cannot know.
-    assert process.stdin is not None  # noqa: S101
-    assert process.stdout is not None  # noqa: S101
-    try:
-        process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
-        first_line = await process.stdout.readline()
-        if not first_line:
-            raise StartError(f"the load generator did not start (exit code {await process.wait()})")
-        yield json.loads(first_line), _records(process, process.stdout)
-    finally:
-        process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_S)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-
-
-async def _records(
-    process: asyncio.subprocess.Process, lines: asyncio.StreamReader
-) -> AsyncIterator[Record]:
-    async for line in lines:
-        yield Record(*json.loads(line))
-    if code := await process.wait():
-        raise StartError(f"the load generator ended with exit code {code}")
+    async with start_child("trimtab.demo.load", asdict(order)) as (start_s, lines):
+        yield start_s, (Record(*line) async for line in lines)
 
 
 def prepare(model: str, request: Request) -> bytes:
@@ -196,13 +164,13 @@ class _Exchange:
             end_s=end_s,
             outcome=outcome,
         )
-        _say(record)
+        say(record)
 
 
 async def _carry_out(order: Order, bodies: Sequence[bytes]) -> None:
     """Send what is due, then wait for the answers as long as patience lasts."""
     start_s = time.monotonic() + HEAD_START_S
-    _say(start_s)
+    say(start_s)
     exchanges: set[asyncio.Task[None]] = set()
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),  # a limit would close the loop
@@ -230,27 +198,19 @@ async def _carry_out(order: Order, bodies: Sequence[bytes]) -> None:
 
 
 async def _generate() -> None:
-    wanted = json.loads(sys.stdin.buffer.readline())
+    wanted = hear()
     order = Order(**wanted | {"requests": [Request(*r) for r in wanted["requests"]]})
     bodies = [prepare(order.model, request) for request in order.requests]
     gc.freeze()  # thousands of bodies that live to the end need no looking at
     carry_out = asyncio.create_task(_carry_out(order, bodies))
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), carry_out.cancel)
+    stop = asyncio.create_task(end_of_input())
+    await asyncio.wait({carry_out, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    carry_out.cancel()  # nothing to cancel unless told to stop
     with contextlib.suppress(asyncio.CancelledError):
         await carry_out
 
 
-def _say(what: Record | float) -> None:
-    # Blocking, but 64 KiB of pipe hold several seconds of lines and the reader has only to read.
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    """Speak to the process that started us until the work is done or its end of the pipe closes."""
+if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads any more: end at once, silently
     uvloop.run(_generate())
-
-
-if __name__ == "__main__":
-    main()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Orange and blue of Okabe and Ito's palette: told apart by every kind of colour vision.
 COLORS = ("#E69F00", "#0072B2")
 MARKERS = ("o", "s")  # and by shape, where there is no colour at all
+FORMATS = (".svg", ".png")
 WINDOW_S = 5.0  # wide enough for a p90 to mean something
 
 

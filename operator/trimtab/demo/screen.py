@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Orange and blue of Okabe and Ito's palette: told apart by every kind of colour vision.
 COLORS = ("#E69F00", "#56B4E9")
+ALL_SENT = "all sent; waiting for the last answers"
 BAR_CELLS = 16  # as much as 80 columns leave to each side
 FRAMES_PER_S = 4.0  # what an eye follows; each costs about a millisecond
 LINE_EVERY_S = 5.0  # for logs: few enough to read, often enough to see that it lives
@@ -93,33 +94,43 @@ class LiveTable:
 
 
 class PlainLines:
+    """A line every few seconds, and none while only the last answers are waited for."""
+
     interval_s = LINE_EVERY_S
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._all_sent = False
 
     def __enter__(self) -> Self:
-        self._console.print("TTFT p50 / p99 so far; drain time of the emptiest and fullest pod")
+        self._say("TTFT p50 / p99 so far; backlog of the emptiest and the fullest pod")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing was opened."""
 
     def show(self, view: View) -> None:
-        self._console.print(line(view), highlight=False, soft_wrap=True)
+        if view.elapsed_s < view.total_s:
+            self._say(line(view))
+        elif not self._all_sent:
+            self._all_sent = True
+            self._say(ALL_SENT)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def line(view: View) -> str:
     """Say the whole view on one line."""
-    parts = [f"{min(view.elapsed_s, view.total_s):3.0f} s of {view.total_s:.0f} s"]
+    parts = [f"{_elapsed_s(view):3.0f} of {view.total_s:.0f} s"]
     for side in view.sides:
         summary = side.summary
         drains_s = [report.drain_s for report in side.endpoints.values()] or [0.0]
         parts.append(
-            f"{side.title}: {seconds(summary.ttft_p50_s)} / {seconds(summary.ttft_p99_s)},"
-            f" backlog {min(drains_s):.1f} … {max(drains_s):.1f} s, {summary.failed} failed"
+            f"{side.title} {seconds(summary.ttft_p50_s)} / {seconds(summary.ttft_p99_s)},"
+            f" {min(drains_s):.1f} … {max(drains_s):.1f} s, {summary.failed} failed"
         )
-    return "  |  ".join(parts)
+    return " | ".join(parts)
 
 
 def frame(view: View) -> RenderableType:
@@ -129,22 +140,26 @@ def frame(view: View) -> RenderableType:
 
 def _clock(view: View) -> str:
     if view.elapsed_s >= view.total_s:
-        return "all sent; waiting for the last answers"
-    clock = f"{max(0.0, view.elapsed_s):.0f} of {view.total_s:.0f} s"
+        return ALL_SENT
+    clock = f"{_elapsed_s(view):.0f} of {view.total_s:.0f} s"
     return clock + (" (warm-up, not counted)" if view.elapsed_s < view.warm_up_s else "")
+
+
+def _elapsed_s(view: View) -> float:
+    return min(max(0.0, view.elapsed_s), view.total_s)
 
 
 def _pods(view: View) -> Table:
     largest_s = max((r.drain_s for s in view.sides for r in s.endpoints.values()), default=0.0)
     # Powers of two, so that bars of one moment compare with those of the next.
     full_bar_s = 2.0 ** math.ceil(math.log2(max(largest_s, 0.5)))
-    caption = f" full bar: {full_bar_s:g} s of work owed; share: of new requests, by weight"
+    caption = f" full bar: {full_bar_s:g} s of work owed; weight: share of new requests"
     table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
     table.add_column("\npod")
     for side, color in zip(view.sides, COLORS, strict=True):
         table.add_column(f"{side.title}\nbacklog", header_style=color, width=BAR_CELLS)
         table.add_column("\ns", justify="right", width=5)
-        table.add_column("\nshare", justify="right", width=5)
+        table.add_column("\nweight", justify="right", width=6)
     for endpoints in zip(*(sorted(side.endpoints) for side in view.sides), strict=False):
         row: list[RenderableType] = [endpoints[0].pod]
         for side, endpoint, color in zip(view.sides, endpoints, COLORS, strict=True):
