@@ -158,6 +158,7 @@ class Fleet:
         self._traffic: Traffic | None = None
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._planned = 0
+        router.join(self)
 
     def at(self, when_s: float, action: Callable[[], object]) -> None:
         """Plan an action. Those of one instant happen in the order of planning."""
@@ -176,7 +177,6 @@ class Fleet:
     def run(self, traffic: Traffic) -> list[Ticket]:
         """Carry on until every request has its ending; the tickets in order of arrival."""
         self._traffic = traffic
-        self._router.join(self)
         traffic.join(self)
         events = self._events
         while self.open:

@@ -6,6 +6,7 @@ and those whose client went away do not count.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ def report(
     *,
     spec: EngineSpec,
     objective: Objective,
-    backlog_cv: float = float("nan"),
+    backlog_cv: float = math.nan,
 ) -> Report:
     tickets = [ticket for ticket in tickets if ticket.ending is not Ending.ABORTED]
     finished = [ticket for ticket in tickets if ticket.ending is Ending.FINISHED]
@@ -76,7 +77,7 @@ def report(
         ttft_p99_s=quantile(ttft_s, 0.99),
         short_ttft_p99_s=quantile(short_s, 0.99),
         tpot_p99_s=quantile(tpot_s, 0.99),
-        slo_ratio=served / len(tickets) if tickets else float("nan"),
+        slo_ratio=served / len(tickets) if tickets else math.nan,
         backlog_cv=backlog_cv,
     )
 
@@ -84,7 +85,7 @@ def report(
 def quantile(ordered: Sequence[float], level: float) -> float:
     """Linear between the neighbours, as most tools do."""
     if not ordered:
-        return float("nan")
+        return math.nan
     place = level * (len(ordered) - 1)
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
@@ -100,13 +101,17 @@ class Summary:
 
 
 def summarize(reports: Sequence[Report]) -> Summary:
+    """Leave out what could not be measured; NaN where no seed measured anything."""
     rows = [asdict(one) for one in reports]
-    values = {name: [row[name] for row in rows] for name in rows[0]}
+    columns = {name: [row[name] for row in rows if not math.isnan(row[name])] for name in rows[0]}
     return Summary(
-        mean={name: statistics.fmean(column) for name, column in values.items()},
+        mean={
+            name: statistics.fmean(column) if column else math.nan
+            for name, column in columns.items()
+        },
         spread={
             name: statistics.stdev(column) if len(column) > 1 else 0.0
-            for name, column in values.items()
+            for name, column in columns.items()
         },
     )
 
