@@ -2,18 +2,174 @@
 
 One schema for the custom resource and for fleet files. A field exists here once it takes effect.
 Names, descriptions, bounds and defaults are the schema's, so that tools and people read the same;
-there are no floats (they do not survive JSON round trips) and no defaults hidden in code.
+there are no floats (they do not survive JSON round trips) and no defaults hidden in code. What a
+schema cannot say is a `Rule`: in CEL for the API server, in Python for fleet files.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic_core import CoreSchema, core_schema
 
-from trimtab.core.model import Policy
+from trimtab.core.model import EndpointState, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pydantic.json_schema import JsonSchemaValue
+
+GROUP = "trimtab.dev"
+VERSION = "v1alpha1"
+KIND = "InferencePool"
+PLURAL = "inferencepools"
+
+VALIDATIONS = "x-kubernetes-validations"
+LIST_TYPE = "x-kubernetes-list-type"
+LIST_KEYS = "x-kubernetes-list-map-keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What must hold, in both languages, and what people are told when it does not."""
+
+    cel: str
+    holds: Callable[[Any], bool]
+    message: str
+    field: str = ""
+    """The field to name, seen from the value that has the rule; empty: the value itself."""
+
+    def check(self, value: Any) -> Any:
+        if not self.holds(value):
+            raise ValueError(f"{self.field} {self.message}".lstrip())
+        return value
+
+    def validation(self) -> dict[str, str]:
+        """Say it to the API server, which puts the field in front of the message itself."""
+        told = {"rule": self.cel, "message": self.message}
+        return told | ({"fieldPath": f".{self.field}"} if self.field else {})
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        shown = handler(schema)
+        return shown | {VALIDATIONS: [*shown.get(VALIDATIONS, ()), self.validation()]}
+
+
+def _form(pattern: str, message: str) -> Rule:
+    """Say the form of a string in words: a pattern alone tells nobody what to write."""
+    form = re.compile(pattern)
+    return Rule(f"self.matches(r'^{pattern}$')", lambda text: bool(form.fullmatch(text)), message)
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A list whose items differ: in the fields named, or as a whole where none is."""
+
+    keys: tuple[str, ...] = ()
+
+    def check(self, items: Sequence[Any]) -> Sequence[Any]:
+        seen = set()
+        for item in items:
+            identity = tuple(getattr(item, key) for key in self.keys) or item
+            if identity in seen:
+                told = identity if not self.keys else ", ".join(map(str, identity))
+                raise ValueError(f"{told} is listed twice")
+            seen.add(identity)
+        return items
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        kind = {LIST_TYPE: "map", LIST_KEYS: list(self.keys)} if self.keys else {LIST_TYPE: "set"}
+        return handler(schema) | kind
+
+
+class Schema(BaseModel):
+    """A typing error must not pass for a setting, so unknown fields are refused."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        for rule in self.RULES:
+            rule.check(self)
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        shown = handler(schema)
+        if cls.RULES:
+            handler.resolve_ref_schema(shown)[VALIDATIONS] = [r.validation() for r in cls.RULES]
+        return shown
+
+
+# Strict, or "100" and `true` would pass for numbers here and be refused by the API server.
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
+BigCount = Annotated[Whole, Field(ge=0, le=2**53)]  # beyond it JSON readers round
+Name = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+Moment = Annotated[datetime, Field(strict=False)]
+ShortText = Annotated[str, StringConstraints(max_length=256)]
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Port = Annotated[Whole, Field(ge=1, le=65_535)]
+
+Path = Annotated[
+    str,
+    StringConstraints(max_length=1024),
+    _form("(/[!-~]*)?", "must be empty or begin with / and hold no blanks"),
+]
+Hostname = Annotated[
+    str,
+    StringConstraints(max_length=253),
+    _form(
+        r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*",
+        "must be a host name in lower case, such as llm.example.com or *.example.com",
+    ),
+]
+
+_LABEL_KEY = r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_A_LABEL_KEY = "must be the name of a label, such as app or example.com/app"
+_MAX_LABEL_KEY = 253 + len("/") + 63
+LabelKey = Annotated[
+    str, StringConstraints(max_length=_MAX_LABEL_KEY), _form(_LABEL_KEY, _A_LABEL_KEY)
+]
+LabelValue = Annotated[
+    str,
+    StringConstraints(max_length=63),
+    _form(
+        "([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?",
+        "must be the value of a label: letters, digits, - _ and ., the first and last no sign",
+    ),
+]
 
 
 class Engine(StrEnum):
@@ -32,36 +188,38 @@ _PATHS = {Engine.TENSORRT_LLM: "/prometheus/metrics"}
 """Where an engine does not use `/metrics`."""
 
 
-class Schema(BaseModel):
-    """A typing error must not pass for a setting, so unknown fields are refused."""
-
-    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
-
-
-# Strict, or "100" and `true` would pass for numbers here and be refused by the API server.
-Whole = Annotated[int, Field(strict=True)]
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=253)]
-Hostname = Annotated[
-    str,
-    StringConstraints(
-        max_length=253,
-        pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-    ),
-]
-
-
 class Metrics(Schema):
-    """How the pool's endpoints are watched."""
+    """How the endpoints are watched.
 
-    path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^(/[!-~]*)?$")] = Field(
+    Where their metrics page is, how often it is read, and when what it said is too old to count.
+    """
+
+    RULES = (
+        Rule(
+            "self.timeoutMilliseconds <= self.intervalMilliseconds",
+            lambda it: it.timeout_milliseconds <= it.interval_milliseconds,
+            "must not exceed intervalMilliseconds: the next answer would overtake it",
+            "timeoutMilliseconds",
+        ),
+        Rule(
+            "self.staleAfterSeconds * 1000 >= 2 * self.intervalMilliseconds",
+            lambda it: it.stale_after_seconds * 1000 >= 2 * it.interval_milliseconds,
+            "must be at least two intervals, or one late answer would count as an outage",
+            "staleAfterSeconds",
+        ),
+    )
+
+    path: Path = Field(
         default="",
-        description="Path of the metrics page on each endpoint; empty: what the engine uses.",
+        description="Path of the metrics page on each endpoint. Empty: the one that the engine "
+        "uses, /prometheus/metrics for TensorRTLLM and /metrics for all others.",
     )
     interval_milliseconds: Whole = Field(
         default=1000,
         ge=50,
         le=60_000,
-        description="Period in which endpoints are observed and weights decided.",
+        description="Period in which endpoints are observed and weights decided. A shorter one "
+        "follows bursts better; each page read costs the pod and Trimtab about 1 ms of CPU.",
     )
     timeout_milliseconds: Whole = Field(
         default=500,
@@ -73,53 +231,45 @@ class Metrics(Schema):
         default=10,
         ge=1,
         le=600,
-        description="Age at which an endpoint's data counts as stale.",
+        description="Age at which an endpoint's data counts as stale; at least two intervals. "
+        "Weights grow flatter long before, with the age of the data.",
     )
-
-    @model_validator(mode="after")
-    def _answers_come_within_the_period(self) -> Self:
-        if self.timeout_milliseconds > self.interval_milliseconds:
-            raise ValueError(
-                f"timeoutMilliseconds ({self.timeout_milliseconds}) must not exceed "
-                f"intervalMilliseconds ({self.interval_milliseconds})"
-            )
-        if self.stale_after_seconds * 1000 < self.interval_milliseconds:
-            raise ValueError(
-                f"staleAfterSeconds ({self.stale_after_seconds}) must not be less than "
-                f"intervalMilliseconds ({self.interval_milliseconds})"
-            )
-        return self
 
 
 class Routing(Schema):
-    """Which requests belong to the pool, and how mildly they are spread."""
+    """Which requests belong to the pool, and how far their split may depart from an even one."""
 
-    models: tuple[ModelName, ...] = Field(
+    models: Annotated[tuple[Name, ...], Keyed()] = Field(
         default=(),
         max_length=64,
-        description='Values of "model" in request bodies that belong to this pool; '
-        "empty: the pool's name.",
+        description='Values of "model" in request bodies that belong to this pool. '
+        "Empty: the pool's name.",
     )
-    hostnames: tuple[Hostname, ...] = Field(
+    hostnames: Annotated[tuple[Hostname, ...], Keyed()] = Field(
         default=(),
         max_length=16,
-        description="Hosts whose requests belong to this pool; empty: any.",
+        description="Hosts whose requests belong to this pool, such as llm.example.com or "
+        "*.example.com. Empty: any host.",
     )
     minimum_weight_percent: Whole = Field(
         default=2,
         ge=1,
         le=100,
-        description="Least share of new work of an endpoint, in percent of a fair share: "
-        "an endpoint without traffic shows no speed.",
+        description="Least share of new work that an endpoint gets, in percent of a fair share. "
+        "An endpoint without traffic shows no speed, so it is never 0; 100 splits evenly.",
     )
 
 
-class InferencePoolSpec(Schema):
-    """What is wanted of one pool."""
+class PoolSpec(Schema):
+    """What is wanted of one pool, whoever serves it."""
 
-    engine: Engine = Field(default=Engine.AUTO, description="Who writes the metrics pages.")
-    metrics: Metrics = Field(default=Metrics(), description=Metrics.__doc__)
-    routing: Routing = Field(default=Routing(), description=Routing.__doc__)
+    engine: Engine = Field(
+        default=Engine.AUTO,
+        description="The model server that writes the metrics pages. Auto finds out from each "
+        "page; name it where a page could pass for several.",
+    )
+    metrics: Metrics = Metrics()
+    routing: Routing = Routing()
 
     @property
     def metrics_path(self) -> str:
@@ -132,3 +282,246 @@ class InferencePoolSpec(Schema):
             stale_after_s=float(self.metrics.stale_after_seconds),
             minimum_weight_ratio=self.routing.minimum_weight_percent / 100,
         )
+
+
+class Operator(StrEnum):
+    """How a label is compared."""
+
+    IN = "In"
+    NOT_IN = "NotIn"
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+class Expression(Schema):
+    """One comparison of a label, as in the selectors of Kubernetes itself."""
+
+    RULES = (
+        Rule(
+            "(self.operator in ['In', 'NotIn']) == (size(self.values) > 0)",
+            lambda it: (it.operator in {Operator.IN, Operator.NOT_IN}) == bool(it.values),
+            "must be given for In and NotIn, and only for them",
+            "values",
+        ),
+    )
+
+    key: LabelKey = Field(description="Name of the label.")
+    operator: Operator = Field(
+        description="In, NotIn: the value is one of `values`, or none of them (a pod without the "
+        "label is in none). Exists, DoesNotExist: whether the pod has the label."
+    )
+    values: Annotated[tuple[LabelValue, ...], Keyed()] = Field(
+        default=(), max_length=32, description="Values for In and NotIn."
+    )
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        match self.operator:
+            case Operator.IN:
+                return labels.get(self.key) in self.values
+            case Operator.NOT_IN:
+                return labels.get(self.key) not in self.values
+            case Operator.EXISTS:
+                return self.key in labels
+            case Operator.DOES_NOT_EXIST:
+                return self.key not in labels
+
+
+class Selector(Schema):
+    """Which pods of the pool's namespace belong to it: those that fulfil all that is said here."""
+
+    RULES = (
+        Rule(
+            "size(self.matchLabels) + size(self.matchExpressions) > 0",
+            lambda it: bool(it.match_labels or it.match_expressions),
+            "must name at least one label: an empty selector would take every pod of the namespace",
+        ),
+    )
+
+    match_labels: Annotated[
+        dict[str, LabelValue],
+        Rule(
+            f"self.all(key, size(key) <= {_MAX_LABEL_KEY} && key.matches(r'^{_LABEL_KEY}$'))",
+            lambda labels: all(
+                len(key) <= _MAX_LABEL_KEY and re.fullmatch(_LABEL_KEY, key) for key in labels
+            ),
+            f"each key {_A_LABEL_KEY}",
+        ),
+    ] = Field(
+        default={},
+        max_length=16,
+        description="Labels and values that a pod must have, all of them.",
+    )
+    match_expressions: Annotated[
+        tuple[Expression, ...], Field(json_schema_extra={LIST_TYPE: "atomic"})
+    ] = Field(default=(), max_length=16, description="Comparisons that must hold, all of them.")
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        return self.match_labels.items() <= labels.items() and all(
+            expression.holds(labels) for expression in self.match_expressions
+        )
+
+
+class TargetPort(Schema):
+    """A port on which a pod serves."""
+
+    number: Port = Field(description="Port of the OpenAI API and of the metrics page.")
+
+
+class InferencePoolSpec(PoolSpec):
+    """What is wanted of one pool.
+
+    Which pods serve it, how they are watched, and which requests are theirs.
+    """
+
+    selector: Selector
+    target_ports: Annotated[tuple[TargetPort, ...], Keyed(("number",))] = Field(
+        min_length=1,
+        max_length=8,
+        description="Ports on which each pod serves. Each is an endpoint of its own on every pod, "
+        "as the data-parallel ranks of one model server are.",
+    )
+
+
+# What Trimtab answers. core/conditions.py writes it.
+
+MAX_ENDPOINTS_TOLD = 256  # some 70 KB: an object above 1.5 MB is refused, and all watchers pay
+
+
+class ConditionStatus(StrEnum):
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class Condition(Schema):
+    """One aspect of the pool, in the form that all of Kubernetes uses (metav1.Condition)."""
+
+    type: Annotated[str, StringConstraints(max_length=316)] = Field(
+        description="The aspect: Ready, MetricsAvailable, Published or Balanced."
+    )
+    status: ConditionStatus = Field(description="True, False or Unknown.")
+    observed_generation: BigCount = Field(
+        description="The generation of the spec that this was said of."
+    )
+    last_transition_time: Moment = Field(description="When status last changed.")
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(
+        description="Why, in one word for programs; docs/conditions.md lists them."
+    )
+    message: Text = Field(description="Why, in a sentence for people.")
+
+
+class VerdictName(StrEnum):
+    BALANCED = "Balanced"
+    IMBALANCED = "Imbalanced"
+    SLOW_ENDPOINT = "SlowEndpoint"
+    SATURATED = "Saturated"
+    OVERSIZED = "Oversized"
+    UNKNOWN = "Unknown"
+
+
+class Evidence(Schema):
+    """The numbers that the verdict rests on."""
+
+    heard_endpoints: Count = Field(description="Endpoints with fresh data.")
+    least_queue_milliseconds: BigCount = Field(
+        description="Time until the emptiest endpoint begins with new work; mean of 30 s."
+    )
+    most_queue_milliseconds: BigCount = Field(
+        description="Time until the fullest endpoint begins with new work; mean of 30 s."
+    )
+    load_percent: Count = Field(
+        description="Work that arrived in the last minute, of what the endpoints could do at most."
+    )
+
+
+class PoolVerdict(Schema):
+    """What is wrong with the pool, if anything."""
+
+    name: VerdictName = Field(
+        description="Balanced, Imbalanced, SlowEndpoint, Saturated, Oversized, or Unknown while "
+        "there is not enough fresh data."
+    )
+    since: Moment = Field(description="When this became the verdict.")
+    evidence: Evidence
+    message: Text = Field(description="The verdict in a sentence.")
+
+
+class Summary(Schema):
+    """What `kubectl get` shows; programs find the numbers in the other fields."""
+
+    endpoints: ShortText = Field(
+        description="Endpoints that take new work, of all the pool has: 7/8."
+    )
+    backlog: ShortText = Field(
+        description="Time that the fullest endpoint needs for the work it owes: 1.8s."
+    )
+
+
+class PoolEndpoint(Schema):
+    """One endpoint, with the numbers behind its weight."""
+
+    pod: Name = Field(description="Name of the pod.")
+    address: ShortText = Field(description="IP address.")
+    port: Port = Field(description="Port.")
+    node: ShortText | None = Field(default=None, description="Node on which the pod runs.")
+    engine: Engine | None = Field(
+        default=None, description="The model server that its metrics page shows."
+    )
+    weight_percent: Count = Field(
+        description="Its share of new work, in percent of a fair share; 0 where it gets none."
+    )
+    backlog_tokens: BigCount = Field(description="Work it owes, in tokens of prefill.")
+    drain_milliseconds: BigCount = Field(description="Time it needs for that.")
+    speed_percent: Count = Field(
+        description="Its measured speed, in percent of the median of the pool; 100 until known."
+    )
+    data_age_seconds: Count | None = Field(
+        default=None,
+        description="Age of the data behind these numbers when this was written; absent where "
+        "there never was any.",
+    )
+    state: EndpointState = Field(description="Serving, Slow, Stale, Unreachable or Draining.")
+    reason: Text | None = Field(default=None, description="Why its state is not Serving.")
+
+
+class InferencePoolStatus(Schema):
+    """What became of the pool.
+
+    Written by Trimtab when conditions change, and otherwise at most every 30 s; what moves each
+    second is in Trimtab's own metrics.
+    """
+
+    observed_generation: BigCount | None = Field(
+        default=None, description="The generation of the spec that all of this was said of."
+    )
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=8), Keyed(("type",))] | None = (
+        Field(default=None, description="Ready, which sums up, and its parts.")
+    )
+    verdict: PoolVerdict | None = None
+    summary: Summary | None = None
+    replicas: Count | None = Field(
+        default=None, description="Pods that the selector matches, ready or not."
+    )
+    endpoints: (
+        Annotated[
+            tuple[PoolEndpoint, ...],
+            Field(max_length=MAX_ENDPOINTS_TOLD),
+            Keyed(("address", "port")),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description=f"The endpoints; of more than {MAX_ENDPOINTS_TOLD}, first those that are not "
+        "Serving.",
+    )
+
+
+class InferencePool(Schema):
+    """Pods that serve a model, and how requests are spread over them.
+
+    New requests go where they will be done soonest: Trimtab weighs each pod by the tokens of work
+    that it still owes, once a second.
+    """
+
+    spec: InferencePoolSpec
+    status: InferencePoolStatus | None = None

@@ -165,3 +165,14 @@ def demo(arguments: tuple[str, ...]) -> None:
     from trimtab.demo.command import demo_command  # noqa: PLC0415  # help is quick
 
     demo_command.main(arguments, prog_name="trimtab demo", standalone_mode=False)
+
+
+@main.command()
+def crd() -> None:
+    """Print the CustomResourceDefinition of InferencePool.
+
+    It is what the chart installs; without the chart: trimtab crd | kubectl apply -f -
+    """
+    from trimtab import crd  # noqa: PLC0415  # help is quick
+
+    click.echo(crd.as_yaml(), nl=False)

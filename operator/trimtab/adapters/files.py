@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from trimtab.api import InferencePoolSpec, Schema, Whole
+from trimtab.api import PoolSpec, Schema, Whole
 from trimtab.core.model import Endpoint
 from trimtab.ports import ConfigurationError
 
@@ -77,7 +77,7 @@ def _taken_apart(entry: object) -> object:
     return {"address": match["bracketed"] or match["plain"], "port": int(match["port"])}
 
 
-class FleetPool(InferencePoolSpec):
+class FleetPool(PoolSpec):
     """A pool's spec, its name and its endpoints."""
 
     name: PoolName = Field(description="Unique; also the model it serves, unless routing says.")
