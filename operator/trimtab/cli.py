@@ -7,8 +7,10 @@ for what could not be started.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,12 +69,21 @@ _admin_port = click.option(
     show_default=True,
     help="Envoy's own interface, on loopback.",
 )
+_log_level = click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    envvar="TRIMTAB_LOG_LEVEL",
+    show_default=True,
+)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trimtab", message="%(prog)s %(version)s")
 def main() -> None:
     """Balance LLM fleets by the tokens of work that each pod still owes."""
+    # gRPC would say on stderr, in its own form, what we tell ourselves; it looks once, when loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @main.command()
@@ -99,12 +110,7 @@ def main() -> None:
     help="Envoy to start.  [default: the one that pip installed, or the PATH's]",
 )
 @_admin_port
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-)
+@_log_level
 def standalone(
     *,
     fleet: Path,
@@ -132,6 +138,50 @@ def standalone(
         envoy=envoy,
     )
     app.run(app.standalone(options), log_level=log_level)
+
+
+@main.command()
+@click.option(
+    "--xds",
+    type=_Address(),
+    default="0.0.0.0:18000",
+    envvar="TRIMTAB_XDS",
+    show_default=True,
+    show_envvar=True,
+    help="Where Envoys are told weights.",
+)
+@click.option(
+    "--telemetry",
+    type=_Address(),
+    default="0.0.0.0:8081",
+    envvar="TRIMTAB_TELEMETRY",
+    show_default=True,
+    show_envvar=True,
+    help="Where /metrics, /healthz and /readyz are.",
+)
+@click.option(
+    "--watch-namespace",
+    default="",
+    envvar="TRIMTAB_WATCH_NAMESPACE",
+    show_envvar=True,
+    help="Serve the pools of this namespace only.  [default: of all]",
+)
+@click.option(
+    "--pod-selector",
+    default="",
+    envvar="TRIMTAB_POD_SELECTOR",
+    show_envvar=True,
+    help="Look only at pods with these labels, written as for kubectl -l.  [default: at all]",
+)
+@_log_level
+def operator(*, log_level: str, **options: Any) -> None:
+    """Balance the InferencePools of a cluster.
+
+    The cluster is that of KUBECONFIG or ~/.kube/config, else the one in which this runs as a pod.
+    """
+    from trimtab import app, controller  # noqa: PLC0415  # help is quick
+
+    app.run(controller.operator(controller.Operator(**options)), log_level=log_level)
 
 
 @main.command()

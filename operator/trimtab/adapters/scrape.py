@@ -87,7 +87,8 @@ class PageScraper:
             kind = FailureKind.REFUSED if refused else FailureKind.DISCONNECTED
             answer = Failure(kind, error.strerror or str(error))
         except aiohttp.ClientResponseError as error:
-            answer = Failure(FailureKind.UNPARSABLE, f"not HTTP (is it TLS?): {error.message}")
+            complaint = error.message.partition("\n")[0]  # what follows quotes the page
+            answer = Failure(FailureKind.UNPARSABLE, f"not HTTP (is it TLS?): {complaint}")
         except (aiohttp.ClientError, OSError) as error:
             answer = Failure(FailureKind.DISCONNECTED, str(error) or type(error).__name__)
         answered_s = self._clock.now_s()
