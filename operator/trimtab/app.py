@@ -22,14 +22,17 @@ from trimtab.adapters.telemetry import Telemetry, configure_logs
 from trimtab.adapters.xds import XdsServer
 from trimtab.envoy_config import Listener, PoolRoute, bootstrap
 from trimtab.loop import LoopClock, Pool, run_pool
-from trimtab.ports import TrimtabError
+from trimtab.ports import PublishError, TrimtabError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
     from pathlib import Path
 
     import aiohttp
 
+    from trimtab.api import PoolSpec
+    from trimtab.core.model import Endpoint
+    from trimtab.loop import Witness
     from trimtab.ports import Clock, Publisher
 
 GATEWAY = "gateway"
@@ -48,8 +51,18 @@ def run(command: Coroutine[Any, Any, None], *, log_level: str) -> None:
     asyncio.run(command)
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A pool that is to be served: what is asked for, and by whom it is served just now."""
+
+    name: str
+    spec: PoolSpec
+    endpoints: frozenset[Endpoint]
+    draining: frozenset[Endpoint] = frozenset()
+
+
 class Control:
-    """One loop for each pool of a fleet, as tasks of `group`; `follow` says which fleet."""
+    """One loop for each pool, as tasks of `group`; `follow` says which pools."""
 
     def __init__(
         self,
@@ -59,42 +72,55 @@ class Control:
         publisher: Publisher,
         telemetry: Telemetry,
         clock: Clock,
+        witness: Witness | None = None,
     ) -> None:
         self._group = group
         self._session = session
         self._publisher = publisher
         self._telemetry = telemetry
         self._clock = clock
+        self._witness = witness or telemetry
         self._running: dict[str, tuple[Pool, asyncio.Task[None]]] = {}
+        self._wanted: dict[str, Wanted] = {}
 
-    def follow(self, fleet: Fleet) -> None:
+    async def follow(self, pools: Iterable[Wanted]) -> None:
         """Start loops of new pools, end those of pools that left, tell the others what is new.
 
         What a loop has learned about its endpoints outlives the change.
         """
-        wanted = {pool.name: pool for pool in fleet.pools}
-        for name in self._running.keys() - wanted.keys():
+        before, self._wanted = self._wanted, {pool.name: pool for pool in pools}
+        for name in before.keys() - self._wanted.keys():
             self._running.pop(name)[1].cancel()
             self._telemetry.forget(name)
-        for name, spec in wanted.items():
-            policy = spec.policy()
-            scraper = scrape.PageScraper(
-                self._session,
-                self._clock,
-                path=spec.metrics_path,
-                engine=spec.engine,
-                timeout_s=spec.metrics.timeout_milliseconds / 1000,
-            )
-            self._telemetry.expect(name, interval_s=policy.interval_s)
-            if name in self._running:
-                pool = self._running[name][0]
-                pool.endpoints, pool.policy, pool.scraper = spec.endpoints, policy, scraper
-            else:
-                pool = Pool(name, spec.endpoints, policy, scraper)
-                self._running[name] = pool, self._group.create_task(self._run(pool), name=name)
+        for name, wanted in self._wanted.items():
+            if wanted != before.get(name):
+                await self._follow(wanted)
+
+    async def _follow(self, wanted: Wanted) -> None:
+        name, spec = wanted.name, wanted.spec
+        policy = spec.policy()
+        scraper = scrape.PageScraper(
+            self._session,
+            self._clock,
+            path=spec.metrics_path,
+            engine=spec.engine,
+            timeout_s=spec.metrics.timeout_milliseconds / 1000,
+        )
+        self._telemetry.expect(name, interval_s=policy.interval_s)
+        if name not in self._running:
+            pool = Pool(name, wanted.endpoints, policy, scraper, draining=wanted.draining)
+            self._running[name] = pool, self._group.create_task(self._run(pool), name=name)
+            return
+        pool = self._running[name][0]
+        pool.policy, pool.scraper = policy, scraper
+        pool.changed.set()  # the period may be shorter now
+        try:
+            await pool.follow(wanted.endpoints, wanted.draining, self._publisher)
+        except PublishError as error:
+            self._witness.failed(name, error)
 
     async def _run(self, pool: Pool) -> None:
-        await run_pool(pool, publisher=self._publisher, clock=self._clock, witness=self._telemetry)
+        await run_pool(pool, publisher=self._publisher, clock=self._clock, witness=self._witness)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +144,17 @@ async def standalone(options: Standalone) -> None:
         ConfigurationError: the file cannot be carried out.
         StartError: a part could not be started; none is left running.
     """
-    serving = asyncio.current_task()
-    assert serving is not None  # noqa: S101  # we are in a coroutine
+    await until_told(_standalone(options))
+
+
+async def until_told(serving: Coroutine[Any, Any, None]) -> None:
+    """Serve until SIGTERM or SIGINT; of several errors raise one that the user can mend."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  # we are in a coroutine
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, serving.cancel)
+        asyncio.get_running_loop().add_signal_handler(signal_number, task.cancel)
     try:
-        await _standalone(options)
+        await serving
     except asyncio.CancelledError:
         log.info("stopped")
     except ExceptionGroup as errors:
@@ -156,25 +187,25 @@ async def _standalone(options: Standalone) -> None:
         group = await stack.enter_async_context(asyncio.TaskGroup())
         stack.callback(telemetry.leave)
         control = Control(group, session=session, publisher=xds, telemetry=telemetry, clock=clock)
-        _follow(fleet, control=control, xds=xds)
+        await _follow(fleet, control=control, xds=xds)
         if envoy is not None:
             await envoy.wait_ready()
-        log.info("ready", listen=_told(options.listen), xds=_told((xds.host, xds.port)))
+        log.info("ready", listen=told(options.listen), xds=told((xds.host, xds.port)))
         async for change in file.changes():
             if isinstance(change, Fleet):
-                _follow(change, control=control, xds=xds)
+                await _follow(change, control=control, xds=xds)
                 log.info("the fleet file has changed", pools=[p.name for p in change.pools])
             else:
                 log.error("the fleet file is refused, the old fleet stays", reason=str(change))
 
 
-def _follow(fleet: Fleet, *, control: Control, xds: XdsServer) -> None:
+async def _follow(fleet: Fleet, *, control: Control, xds: XdsServer) -> None:
     routes = [
         PoolRoute(pool.name, models=pool.routing.models, hostnames=pool.routing.hostnames)
         for pool in fleet.pools
     ]
     xds.set_pools({GATEWAY: routes})
-    control.follow(fleet)
+    await control.follow(Wanted(pool.name, pool, frozenset(pool.endpoints)) for pool in fleet.pools)
 
 
 def gateway_bootstrap(*, listen: Address, xds: Address, admin_port: int) -> dict[str, Any]:
@@ -198,6 +229,6 @@ def as_yaml(document: dict[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
 
 
-def _told(address: Address) -> str:
+def told(address: Address) -> str:
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,5 +1,8 @@
 """One pool's tick: observe, step, publish.
 
+Who leaves is taken out of the data plane at once, between two ticks or in the middle of one; who
+comes brings the next tick forward.
+
 Every act is safe to repeat, so a failed tick needs no cleanup: the next one starts from the last
 state that a step returned. Ticks keep their period whatever one of them costs; a period that
 passes during a tick is skipped and counted, not made up for.
@@ -12,12 +15,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from trimtab.core.step import State, step
+from trimtab.core.model import Observation
+from trimtab.core.step import State, restrict, step
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from trimtab.core.model import Decision, Endpoint, Observation, Policy
+    from trimtab.core.model import Decision, Endpoint, Policy
     from trimtab.ports import Clock, Publisher, Scraper
 
 
@@ -56,7 +60,22 @@ class Pool:
     endpoints: Collection[Endpoint]
     policy: Policy
     scraper: Scraper
+    draining: Collection[Endpoint] = ()
+    """Who is asked to leave; none of `endpoints`."""
     state: State = field(default_factory=State)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def follow(
+        self, endpoints: Collection[Endpoint], draining: Collection[Endpoint], publisher: Publisher
+    ) -> None:
+        """Hear who is there now. Raises PublishError."""
+        if (set(endpoints), set(draining)) == (set(self.endpoints), set(self.draining)):
+            return
+        self.endpoints, self.draining = endpoints, draining
+        self.changed.set()
+        before, self.state = self.state, restrict(self.state, endpoints, draining)
+        if self.state is not before:
+            await publisher.publish(self.name, self.state.snapshot)
 
 
 async def run_pool(pool: Pool, *, publisher: Publisher, clock: Clock, witness: Witness) -> NoReturn:
@@ -75,11 +94,30 @@ async def run_pool(pool: Pool, *, publisher: Publisher, clock: Clock, witness: W
         skipped = max(0, math.ceil((ended_s - due_s) / pool.policy.interval_s))
         due_s += skipped * pool.policy.interval_s
         witness.ticked(pool.name, took_s=ended_s - began_s, skipped=skipped)
-        await clock.sleep_until_s(due_s)
+        if await _woken(pool, clock, due_s):
+            due_s = clock.now_s()
+
+
+async def _woken(pool: Pool, clock: Clock, due_s: float) -> bool:
+    """Sleep until the next tick is due, or until it is wanted earlier."""
+    sleep = asyncio.ensure_future(clock.sleep_until_s(due_s))
+    change = asyncio.ensure_future(pool.changed.wait())
+    try:
+        await asyncio.wait((sleep, change), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        sleep.cancel()
+        change.cancel()
+    return not sleep.done()
 
 
 async def _tick(pool: Pool, *, publisher: Publisher, clock: Clock, witness: Witness) -> None:
-    observation = await pool.scraper.observe(pool.endpoints)
+    pool.changed.clear()
+    seen = await pool.scraper.observe((*pool.endpoints, *pool.draining))
+    there = {*pool.endpoints, *pool.draining}  # by now
+    observation = Observation(
+        {endpoint: reading for endpoint, reading in seen.readings.items() if endpoint in there},
+        draining=frozenset(pool.draining).intersection(seen.readings),
+    )
     pool.state, decision = step(pool.state, observation, pool.policy, now_s=clock.now_s())
     witness.decided(pool.name, observation, decision)
     await publisher.publish(pool.name, decision.snapshot)

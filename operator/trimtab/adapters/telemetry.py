@@ -79,6 +79,18 @@ class DataPlane(Protocol):
     pushes_total: int
 
 
+class Source(Protocol):
+    """What those who watch a cluster tell of themselves."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything was listed once, and the pools in it are known here."""
+
+    @property
+    def stale(self) -> list[str]:
+        """What nobody watches any more."""
+
+
 @dataclass(slots=True)
 class _Pool:
     """The last that was heard of one pool."""
@@ -98,12 +110,15 @@ class _Pool:
 class Telemetry(Collector):
     """The witness of all loops; `expect` and `forget` say which pools there are."""
 
-    def __init__(self, clock: Clock, *, data_plane: DataPlane | None = None) -> None:
+    def __init__(
+        self, clock: Clock, *, data_plane: DataPlane | None = None, source: Source | None = None
+    ) -> None:
         # One more series per counter, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's gap
         self.registry = CollectorRegistry()
         self._clock = clock
         self._data_plane = data_plane
+        self._source = source
         self._pools: dict[str, _Pool] = {}
         self._ready = False
         self._leaving = False
@@ -187,7 +202,6 @@ class Telemetry(Collector):
         elif not known.published and known.decision is not None:
             log.info("pool is served", pool=pool, endpoints=len(known.decision.endpoints))
         known.published, known.complaint, known.bug = True, "", False
-        self._ready = self._ready or all(each.published for each in self._pools.values())
 
     def failed(self, pool: str, error: Exception) -> None:
         known = self._pools[pool]
@@ -225,7 +239,13 @@ class Telemetry(Collector):
     @property
     def ready(self) -> bool:
         """Whether every pool has been published once; pools that come later change nothing."""
+        known = bool(self._pools) if self._source is None else self._source.synced
+        self._ready = self._ready or (known and not self._waiting)
         return self._ready and not self._leaving
+
+    @property
+    def _waiting(self) -> list[str]:
+        return [name for name, pool in self._pools.items() if not pool.published]
 
     @asynccontextmanager
     async def serve(self, host: str, port: int) -> AsyncIterator[int]:
@@ -259,13 +279,16 @@ class Telemetry(Collector):
     async def _answer_healthz(self, _: web.Request) -> web.Response:
         if self.overdue:
             return web.Response(status=503, text=f"no tick for long: {', '.join(self.overdue)}\n")
+        if self._source is not None and (stale := self._source.stale):
+            return web.Response(status=503, text=f"nobody watches {', '.join(stale)}\n")
         return web.Response(text="ok\n")
 
     async def _answer_readyz(self, _: web.Request) -> web.Response:
         if self.ready:
             return web.Response(text="ok\n")
-        waits = [name for name, pool in self._pools.items() if not pool.published]
-        why = "leaving" if self._leaving else f"not yet published: {', '.join(waits)}"
+        why = "leaving" if self._leaving else f"not yet published: {', '.join(self._waiting)}"
+        if self._source is not None and not self._source.synced:
+            why = "the cluster's objects are not yet known"
         return web.Response(status=503, text=f"{why}\n")
 
     # Series that are read off, not kept

@@ -79,6 +79,16 @@ class Observation:
     """What one tick saw. Its keys are the endpoints the pool has now, heard from or not."""
 
     readings: Mapping[Endpoint, Reading]
+    draining: frozenset[Endpoint] = frozenset()
+    """Those of them that are asked to leave: they finish what they have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What the pool's users were promised."""
+
+    ttft_s: float = 1.0
+    tpot_s: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +99,7 @@ class Policy:
     stale_after_s: float = 10.0
     minimum_weight_ratio: float = 0.02
     """Of a fair share: an endpoint without traffic shows no speed."""
+    objective: Objective = Objective()
 
 
 class EndpointState(StrEnum):

@@ -6,13 +6,14 @@ All that outlives a tick is in the State that the caller hands back at the next 
 Fail static. Without data weights grow flatter with the age of what is known, then stay; nothing
 here stops traffic to an endpoint because its metrics are gone. The one exception is a refused
 connection: nobody listens there, so it gets no new work until something answers, unless that is so
-everywhere, which says more about the way there than about the endpoints.
+everywhere, which says more about the way there than about the endpoints. Who is asked to leave
+gets no new work either, and is watched until it is gone.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ from trimtab.core.model import (
 from trimtab.core.weights import settle, weigh
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from trimtab.core.model import Endpoint, Observation, Policy, Reading
 
@@ -64,11 +65,13 @@ def step(
     memory = estimate(
         state.memory, observation, policy, now_s=now_s, weights=state.snapshot.weights
     )
+    staying = [e for e in endpoints if e not in observation.draining]
+    draining = frozenset(endpoints).difference(staying)
     refused = frozenset(
-        e for e in endpoints if _refuses(observation.readings[e], was=e in state.refused)
+        e for e in staying if _refuses(observation.readings[e], was=e in state.refused)
     )
-    unreachable = refused if len(refused) < len(endpoints) else frozenset()
-    reachable = [e for e in endpoints if e not in unreachable]
+    unreachable = refused if len(refused) < len(staying) else frozenset()
+    reachable = [e for e in staying if e not in unreachable]
 
     level_tokens, news_age_s = levels(memory, reachable, policy)
     proposed = weigh(
@@ -79,9 +82,10 @@ def step(
         ),
         minimum_weight_ratio=policy.minimum_weight_ratio,
     )
-    snapshot = _snapshot(state.snapshot, proposed, unreachable)
+    snapshot = _snapshot(state.snapshot, proposed, unreachable, draining)
 
     mean_tokens = sum(level_tokens.values()) / max(1, len(level_tokens))
+    level_tokens |= levels(memory, draining, policy).level_tokens
     reports: dict[Endpoint, EndpointReport] = {}
     changes: list[str] = []
     for endpoint in endpoints:
@@ -93,11 +97,12 @@ def step(
             track,
             speed_ratio,
             unreachable=endpoint in unreachable,
+            draining=endpoint in draining,
             stale_after_s=policy.stale_after_s,
         )
         reports[endpoint] = EndpointReport(
             state=now,
-            weight=snapshot.weights[endpoint],
+            weight=snapshot.weights.get(endpoint, 0),
             backlog_tokens=tokens * speed_ratio,
             drain_s=tokens / memory.rate_tokens_per_s,
             speed_ratio=speed_ratio,
@@ -118,6 +123,26 @@ def step(
     return after, Decision(snapshot=snapshot, endpoints=reports, changes=tuple(changes))
 
 
+def restrict(
+    state: State, endpoints: Collection[Endpoint], draining: Collection[Endpoint]
+) -> State:
+    """Take out of the snapshot who has left since, without waiting for the next observation.
+
+    Whoever is new waits for it: nothing is known of him yet.
+    """
+    before = state.snapshot
+    weights = {e: weight for e, weight in before.weights.items() if e in endpoints}
+    leaving = frozenset(e for e in {*before.weights, *before.draining} if e in draining)
+    if len(weights) == len(before.weights) and leaving == before.draining:
+        return state
+    snapshot = Snapshot(
+        MappingProxyType(weights),
+        unreachable=before.unreachable.intersection(weights),
+        draining=leaving,
+    )
+    return replace(state, snapshot=snapshot)
+
+
 def _refuses(reading: Reading, *, was: bool) -> bool:
     """Whether nobody listens; an answer of any kind says that somebody does."""
     if not isinstance(reading.outcome, Failure):
@@ -128,15 +153,18 @@ def _refuses(reading: Reading, *, was: bool) -> bool:
 
 
 def _snapshot(
-    before: Snapshot, proposed: Mapping[Endpoint, int], unreachable: frozenset[Endpoint]
+    before: Snapshot,
+    proposed: Mapping[Endpoint, int],
+    unreachable: frozenset[Endpoint],
+    draining: frozenset[Endpoint],
 ) -> Snapshot:
     """The next snapshot, or the one before itself where nothing worth a push has changed."""
     weights = dict(sorted({**proposed, **dict.fromkeys(unreachable, 1)}.items()))
-    if unreachable == before.unreachable:
+    if (unreachable, draining) == (before.unreachable, before.draining):
         settled = settle(before.weights, weights)
         if settled is before.weights:
             return before
-    return Snapshot(MappingProxyType(weights), unreachable=unreachable)
+    return Snapshot(MappingProxyType(weights), unreachable=unreachable, draining=draining)
 
 
 def _judge(
@@ -145,10 +173,13 @@ def _judge(
     speed_ratio: float,
     *,
     unreachable: bool,
+    draining: bool,
     stale_after_s: float,
 ) -> tuple[EndpointState, str]:
     """The state of an endpoint, and why it is not Serving."""
     failure = reading.outcome if isinstance(reading.outcome, Failure) else None
+    if draining:
+        return EndpointState.DRAINING, "its pod is asked to leave"
     if unreachable:
         return EndpointState.UNREACHABLE, "connection refused: nobody listens"
     if track is None or track.news_age_s > stale_after_s:
