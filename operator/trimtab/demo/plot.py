@@ -37,8 +37,10 @@ def plot(
     """Write the picture; the suffix of `path` chooses the format.
 
     Raises:
-        PlotError: matplotlib is missing, or the file cannot be written.
+        PlotError: matplotlib is missing, nothing was served, or the file cannot be written.
     """
+    if not any(_served(records) for _, records in sides):
+        raise PlotError("no plot: no request had an answer")
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (an extra)
     except ImportError as error:
@@ -46,7 +48,7 @@ def plot(
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for (title, records), color, marker in zip(sides, COLORS, MARKERS, strict=True):
-        points = [(r.due_s, r.ttft_s) for r in records if r.ttft_s is not None and not r.failed]
+        points = _served(records)
         dues_s, ttfts_s = [due_s for due_s, _ in points], [ttft_s for _, ttft_s in points]
         axes.scatter(dues_s, ttfts_s, s=7, marker=marker, color=color, alpha=0.3, linewidths=0)
         axes.plot(
@@ -71,6 +73,11 @@ def plot(
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise PlotError(f"no plot: {path}: {error}") from error
+
+
+def _served(records: Sequence[Record]) -> list[tuple[float, float]]:
+    """When each request was due, and its TTFT."""
+    return [(r.due_s, r.ttft_s) for r in records if r.ttft_s is not None and not r.failed]
 
 
 def _p90s(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -132,7 +132,7 @@ async def start_pools(
     async with start_engines(speeds * len(names)) as ports:
         yield {
             name: tuple(
-                Endpoint(f"pod-{number}", "127.0.0.1", port)
+                Endpoint(f"pod-{number:0{len(str(plan.pods))}}", "127.0.0.1", port)
                 for number, port in enumerate(ports[side * plan.pods :][: plan.pods], start=1)
             )
             for side, name in enumerate(names)
@@ -235,13 +235,7 @@ def _view(plan: Plan, elapsed_s: float, *, sides: Sequence[Side], watch: Watch) 
                 summary=summarize(side.counted),
             )
         )
-    return View(
-        heading=plan.heading,
-        elapsed_s=elapsed_s,
-        total_s=plan.seconds,
-        warm_up_s=plan.warm_up_s,
-        sides=views,
-    )
+    return View(elapsed_s=elapsed_s, total_s=plan.seconds, warm_up_s=plan.warm_up_s, sides=views)
 
 
 async def _cpu_ratio(from_s: float, until_s: float) -> float:

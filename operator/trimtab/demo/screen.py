@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Orange and blue of Okabe and Ito's palette: told apart by every kind of colour vision.
 COLORS = ("#E69F00", "#56B4E9")
 ALL_SENT = "all sent; waiting for the last answers"
-BAR_CELLS = 16  # as much as 80 columns leave to each side
+BAR_CELLS = 15  # as much as 80 columns leave to each side
 FRAMES_PER_S = 4.0  # what an eye follows; each costs about a millisecond
 LINE_EVERY_S = 5.0  # for logs: few enough to read, often enough to see that it lives
 
@@ -54,7 +54,6 @@ class SideView:
 class View:
     """Everything that one frame shows."""
 
-    heading: str
     elapsed_s: float
     total_s: float
     warm_up_s: float
@@ -134,8 +133,7 @@ def line(view: View) -> str:
 
 
 def frame(view: View) -> RenderableType:
-    heading = Text.assemble((view.heading, "bold"), f"   {_clock(view)}")
-    return Group(heading, _pods(view), figures(view.sides))
+    return Group(Text(_clock(view)), _pods(view), figures(view.sides))
 
 
 def _clock(view: View) -> str:
@@ -155,7 +153,7 @@ def _pods(view: View) -> Table:
     full_bar_s = 2.0 ** math.ceil(math.log2(max(largest_s, 0.5)))
     caption = f" full bar: {full_bar_s:g} s of work owed; weight: share of new requests"
     table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    table.add_column("\npod")
+    table.add_column("\npod", min_width=6)
     for side, color in zip(view.sides, COLORS, strict=True):
         table.add_column(f"{side.title}\nbacklog", header_style=color, width=BAR_CELLS)
         table.add_column("\ns", justify="right", width=5)
