@@ -206,7 +206,10 @@ async def _drain(engine: EngineServer) -> None:
     """Do on behalf of an engine what a web server does on SIGTERM: finish, and take nothing new."""
     if engine._listener is not None:
         engine._listener.close()
-        engine._server.pre_shutdown()  # connections without a request end
+        engine._server.pre_shutdown()  # connections end after their request
+        for connection in engine._server.connections:
+            if not connection._request_in_progress:
+                connection.force_close()  # aiohttp would leave it open, and deaf
     while engine._server.connections:  # noqa: ASYNC110  # aiohttp has no event for the last one
         await asyncio.sleep(PROBE_S)
 
