@@ -101,6 +101,13 @@ class Gateway:
         stats = {stat["name"]: int(stat.get("value", 0)) for stat in host["stats"]}
         return stats["rq_total"] + stats["cx_total"]
 
+    async def stat(self, name: str) -> int:
+        """Read one of Envoy's own counters."""
+        url = f"{self.process.admin_url}/stats?format=json&filter={name}$"
+        async with self.session.get(url) as answer:
+            stats = (await answer.json())["stats"]
+        return sum(stat.get("value", 0) for stat in stats if "value" in stat)
+
     async def split(self, requests: int) -> Counter[str]:
         """Ask in turn; count answers by the model of the engine that gave them."""
         answers = [await self.get("/v1/models") for _ in range(requests)]
@@ -189,7 +196,11 @@ def endpoints_of(ports: Sequence[int]) -> list[Endpoint]:
 
 @asynccontextmanager
 async def run_gateway(
-    *, xds_port: int, delta: bool = True, node: str = "a"
+    *,
+    xds_port: int,
+    delta: bool = True,
+    node: str = "a",
+    pickers: Sequence[int] = (),
 ) -> AsyncIterator[Gateway]:
     """Start an Envoy; it need not be ready, for nobody may have told it anything."""
     port, admin_port = free_ports(2)
@@ -200,6 +211,7 @@ async def run_gateway(
             admin_port=admin_port,
             node=node,
             delta=delta,
+            pickers=[("127.0.0.1", port) for port in pickers],
         ),
         concurrency=1,
     )
@@ -220,6 +232,7 @@ async def run_rig(
     pools: Mapping[PoolRoute, Sequence[int]] | None = None,
     delta: bool = True,
     speed: float = FAST,
+    pickers: Sequence[int] = (),
 ) -> AsyncIterator[Rig]:
     """Start an engine per model, all behind one listener; `pools` says which engine is whose."""
     members = {ONE_POOL: range(len(models))} if pools is None else pools
@@ -233,7 +246,9 @@ async def run_rig(
             await xds.publish(pool.name, Snapshot({endpoints[i]: 1000 for i in indices}))
         await xds.start()
         stack.push_async_callback(xds.stop)
-        gateway = await stack.enter_async_context(run_gateway(xds_port=xds.port, delta=delta))
+        gateway = await stack.enter_async_context(
+            run_gateway(xds_port=xds.port, delta=delta, pickers=pickers)
+        )
         await gateway.process.wait_ready()
         yield Rig(fleet, xds, gateway)
 

@@ -185,6 +185,47 @@ def operator(*, log_level: str, **options: Any) -> None:
 
 
 @main.command()
+@click.option(
+    "--control",
+    type=_Address(names_too=True),
+    default="127.0.0.1:18000",
+    show_default=True,
+    help="Where Trimtab serves xDS: it says which pools there are.",
+)
+@click.option(
+    "--listen",
+    type=_Address(),
+    default="127.0.0.1:9001",
+    show_default=True,
+    help="Where Envoy asks (ext_authz over HTTP/1.1).",
+)
+@click.option(
+    "--telemetry",
+    type=_Address(),
+    default="127.0.0.1:8082",
+    show_default=True,
+    help="Where /metrics, /healthz, /readyz and /debug/decisions are.",
+)
+@_log_level
+def picker(
+    *,
+    control: tuple[str, int],
+    listen: tuple[str, int],
+    telemetry: tuple[str, int],
+    log_level: str,
+) -> None:
+    """Choose an endpoint for each request that Envoy asks about.
+
+    Without it requests go by the weights.
+    """
+    from trimtab import picker as process  # noqa: PLC0415  # help is quick
+
+    process.run(
+        process.Options(control=control, listen=listen, telemetry=telemetry), log_level=log_level
+    )
+
+
+@main.command()
 @_listen
 @click.option(
     "--xds",

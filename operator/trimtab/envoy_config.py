@@ -19,11 +19,17 @@ from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.route.v3 import route_pb2
 
 # Imported for their descriptors: these types are named in typed configs below.
+from envoy.extensions.filters.http.ext_authz.v3 import ext_authz_pb2 as _authz  # noqa: F401  # see above
 from envoy.extensions.load_balancing_policies.least_request.v3 import least_request_pb2 as _lr
+from envoy.extensions.load_balancing_policies.override_host.v3 import (
+    override_host_pb2 as _override,  # noqa: F401  # see above
+)
 from envoy.extensions.load_balancing_policies.round_robin.v3 import round_robin_pb2 as _rr
 from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2 as _previous
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2 as _http
 from google.protobuf.json_format import ParseDict
+
+from trimtab import envoy_picker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from trimtab.core.model import Endpoint, Snapshot
 
 XDS_CLUSTER = "trimtab_xds"
-METADATA = "trimtab"  # namespace in which Envoy keeps what it read from a request's body
+METADATA = "trimtab"  # namespace of what Envoy read from a body, and of what is for pickers
 BODY_LIMIT_BYTES = 32 << 20  # a 10 MB prompt passes whole; above, Envoy answers 413
 STREAM_IDLE_S = 3600  # a queued prompt is silent for minutes; the default of 300 s would cut it
 CONNECT_TIMEOUT_S = 1  # a vanished pod drops packets: wait so long, then take another
@@ -61,6 +67,11 @@ class PoolRoute:
     """Empty: the pool's name."""
     hostnames: tuple[str, ...] = ()
     balance: Balance = "least_request"
+    picked: bool = False
+    """Whether Envoy asks the picker for each request; else the weights alone decide."""
+    metrics_path: str = "/metrics"
+    engine: str = "Auto"
+    """Whose pages the picker reads there."""
 
     @property
     def served_models(self) -> tuple[str, ...]:
@@ -81,22 +92,24 @@ class Listener:
 
 def cluster(pool: PoolRoute) -> cluster_pb2.Cluster:
     """How Envoy treats the endpoints of one pool, whoever they are just now."""
+    balance = {
+        "policies": [
+            {
+                "typed_extension_config": {
+                    "name": pool.balance,
+                    "typed_config": {"@type": _type(_BALANCERS[pool.balance])},
+                }
+            }
+        ]
+    }
     return ParseDict(
         {
             "name": pool.name,
+            "metadata": {"filter_metadata": {METADATA: facts(pool)}},
             "type": "EDS",
             "eds_cluster_config": {"eds_config": _FROM_ADS},
             "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
-            "load_balancing_policy": {
-                "policies": [
-                    {
-                        "typed_extension_config": {
-                            "name": pool.balance,
-                            "typed_config": {"@type": _type(_BALANCERS[pool.balance])},
-                        }
-                    }
-                ]
-            },
+            "load_balancing_policy": envoy_picker.preferring(balance) if pool.picked else balance,
             "common_lb_config": {"healthy_panic_threshold": {"value": PANIC_PERCENT}},
             "circuit_breakers": {
                 "thresholds": [
@@ -148,6 +161,7 @@ def assignment(pool: str, snapshot: Snapshot) -> endpoint_pb2.ClusterLoadAssignm
         socket_address = host.endpoint.address.socket_address
         socket_address.address = endpoint.address
         socket_address.port_value = endpoint.port
+        host.metadata.filter_metadata[METADATA].update({"pod": endpoint.pod})
     return message
 
 
@@ -157,6 +171,11 @@ def _health(endpoint: Endpoint, snapshot: Snapshot) -> int:
     if endpoint in snapshot.draining:
         return int(health_check_pb2.DRAINING)
     return int(health_check_pb2.HEALTHY)
+
+
+def facts(pool: PoolRoute) -> dict[str, Any]:
+    """What whoever picks for a pool has to know of it, beside its endpoints."""
+    return {"picked": pool.picked, "metrics_path": pool.metrics_path, "engine": pool.engine}
 
 
 def routes(listener: str, pools: Sequence[PoolRoute]) -> route_pb2.RouteConfiguration:
@@ -183,23 +202,14 @@ def routes(listener: str, pools: Sequence[PoolRoute]) -> route_pb2.RouteConfigur
 
 
 def _routes(pools: Sequence[PoolRoute]) -> list[dict[str, Any]]:
-    by_path = [
-        {
-            "match": {"prefix": f"/{pool.name}/"},
-            "route": _to(pool) | {"prefix_rewrite": "/"},
-        }
-        for pool in pools
-    ]
+    by_path = [_lead({"prefix": f"/{pool.name}/"}, pool, prefix_rewrite="/") for pool in pools]
     if not pools:
         return [_answer({"prefix": "/"}, 503, "No pool is configured here yet.")]
     if len(pools) == 1:
-        return [*by_path, {"match": {"prefix": "/"}, "route": _to(pools[0])}]
+        return [*by_path, _lead({"prefix": "/"}, pools[0])]
     models = list(dict.fromkeys(model for pool in pools for model in pool.served_models))
     by_model = [
-        {
-            "match": {"prefix": "/", "dynamic_metadata": [_model_is_one_of(pool.served_models)]},
-            "route": _to(pool),
-        }
+        _lead({"prefix": "/", "dynamic_metadata": [_model_is_one_of(pool.served_models)]}, pool)
         for pool in pools
     ]
     listing = {
@@ -220,24 +230,31 @@ def _routes(pools: Sequence[PoolRoute]) -> list[dict[str, Any]]:
     ]
 
 
-def _to(pool: PoolRoute) -> dict[str, Any]:
-    return {
-        "cluster": pool.name,
-        "timeout": "0s",  # a long answer is no failure; the idle timeouts find dead streams
-        # Only what cannot have reached an engine is sent again: work is never done twice, and a
-        # request that kills its engine does not visit the next one.
-        "retry_policy": {
-            "retry_on": "connect-failure,refused-stream,reset-before-request",
-            "num_retries": RETRIES,
-            "retry_host_predicate": [
-                {
-                    "name": "envoy.retry_host_predicates.previous_hosts",
-                    "typed_config": {"@type": _type(_previous.PreviousHostsPredicate)},
-                }
-            ],
-            "host_selection_retry_max_attempts": 8,
+def _lead(match: dict[str, Any], pool: PoolRoute, **more: Any) -> dict[str, Any]:
+    route = {
+        # The picker is told the pool by this name.
+        "name": pool.name,
+        "match": match,
+        "route": {
+            "cluster": pool.name,
+            "timeout": "0s",  # a long answer is no failure; the idle timeouts find dead streams
+            # Only what cannot have reached an engine is sent again: work is never done twice, and
+            # a request that kills its engine does not visit the next one.
+            "retry_policy": {
+                "retry_on": "connect-failure,refused-stream,reset-before-request",
+                "num_retries": RETRIES,
+                "retry_host_predicate": [
+                    {
+                        "name": "envoy.retry_host_predicates.previous_hosts",
+                        "typed_config": {"@type": _type(_previous.PreviousHostsPredicate)},
+                    }
+                ],
+                "host_selection_retry_max_attempts": 8,
+            },
+            **more,
         },
     }
+    return route if pool.picked else route | _UNPICKED
 
 
 def _model_is_one_of(models: Sequence[str]) -> dict[str, Any]:
@@ -252,6 +269,7 @@ def _answer(match: dict[str, Any], status: int, text: str) -> dict[str, Any]:
     return {
         "match": match,
         "direct_response": {"status": status, "body": {"inline_string": text}},
+        **_UNPICKED,
         "response_headers_to_add": [json_type | {"append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}],
     }
 
@@ -266,10 +284,12 @@ def bootstrap(
     admin_port: int,
     node: str = "trimtab-gateway",
     delta: bool = True,
+    pickers: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
     """Build the file an Envoy starts with: its listeners, and where it learns the rest.
 
-    The admin interface can stop Envoy and shows everything, so it is on loopback only.
+    The admin interface can stop Envoy and shows everything, so it is on loopback only. `pickers`
+    are asked in this order; none need be there, and without any no pool can be picked for.
     """
     host, port = xds
     return {
@@ -295,8 +315,8 @@ def bootstrap(
             "cds_config": _FROM_ADS,
         },
         "static_resources": {
-            "listeners": [_listener(listener) for listener in listeners],
-            "clusters": [_xds_cluster(host, port)],
+            "listeners": [_listener(listener, picked=bool(pickers)) for listener in listeners],
+            "clusters": [_xds_cluster(host, port), *_picker_clusters(pickers)],
         },
         "overload_manager": {"resource_monitors": [_CONNECTION_LIMIT]},
     }
@@ -325,7 +345,14 @@ def _xds_cluster(host: str, port: int) -> dict[str, Any]:
     }
 
 
-def _listener(listener: Listener) -> dict[str, Any]:
+def _picker_clusters(pickers: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    if not pickers:
+        return []
+    discovery = "STATIC" if all(_is_ip(host) for host, _ in pickers) else "STRICT_DNS"
+    return [envoy_picker.cluster([_address(*picker) for picker in pickers], discovery=discovery)]
+
+
+def _listener(listener: Listener, *, picked: bool) -> dict[str, Any]:
     return {
         "name": listener.name,
         "address": _address(listener.address, listener.port),
@@ -335,7 +362,7 @@ def _listener(listener: Listener) -> dict[str, Any]:
                 "filters": [
                     {
                         "name": "envoy.filters.network.http_connection_manager",
-                        "typed_config": _connection_manager(listener.name),
+                        "typed_config": _connection_manager(listener.name, picked=picked),
                     }
                 ]
             }
@@ -343,7 +370,7 @@ def _listener(listener: Listener) -> dict[str, Any]:
     }
 
 
-def _connection_manager(name: str) -> dict[str, Any]:
+def _connection_manager(name: str, *, picked: bool) -> dict[str, Any]:
     return {
         "@type": f"{_HCM}.HttpConnectionManager",
         "stat_prefix": name,
@@ -372,6 +399,7 @@ def _connection_manager(name: str) -> dict[str, Any]:
                     },
                 },
             },
+            *([envoy_picker.check_filter()] if picked else []),
             {
                 "name": "envoy.filters.http.router",
                 "typed_config": {"@type": f"{_FILTERS}.router.v3.Router"},
@@ -415,6 +443,7 @@ def _type(message: Any) -> str:
     return f"type.googleapis.com/{message.DESCRIPTOR.full_name}"
 
 
+_UNPICKED = {"typed_per_filter_config": envoy_picker.no_check()}
 _FROM_ADS = {"ads": {}, "resource_api_version": "V3"}
 _FILTERS = "type.googleapis.com/envoy.extensions.filters.http"
 _HCM = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3"

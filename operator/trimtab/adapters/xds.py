@@ -24,11 +24,11 @@ import structlog
 from envoy.service.discovery.v3 import discovery_pb2
 from google.protobuf import any_pb2
 
-from trimtab import envoy_config
+from trimtab import envoy_config, envoy_picker
 from trimtab.ports import PublishError, StartError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from trimtab.core.model import Snapshot
     from trimtab.envoy_config import PoolRoute
@@ -314,7 +314,7 @@ class XdsServer:
     @property
     def connected(self) -> int:
         """How many Envoys listen."""
-        return len(self._streams)
+        return sum(1 for _ in self._envoys())
 
     async def start(self) -> None:
         """Listen. Port 0 takes a free one and `port` says which. Raises StartError."""
@@ -363,7 +363,7 @@ class XdsServer:
 
     def acked(self, pool: str) -> str | None:
         """Return the version that every connected Envoy has; None while they differ or none is."""
-        versions = {stream.taken(EDS, pool) for stream in self._streams}
+        versions = {stream.taken(EDS, pool) for stream in self._envoys()}
         return versions.pop() if len(versions) == 1 else None
 
     async def wait_acked(self, pool: str, version: str) -> None:
@@ -375,8 +375,12 @@ class XdsServer:
             self._raise_if_refused(pool, version)
             await self._heard.wait()
 
+    def _envoys(self) -> Iterator[_Stream]:
+        """Those that carry requests: pickers hear the same, but nothing waits for them."""
+        return (each for each in self._streams if not each.node.startswith(envoy_picker.NODE))
+
     def _raise_if_refused(self, pool: str, version: str) -> None:
-        for stream in self._streams:
+        for stream in self._envoys():
             if stream.refused(EDS, pool) == version:
                 detail = stream.last_nack.detail if stream.last_nack else ""
                 raise PublishError(f"Envoy {stream.node}", detail)
@@ -412,7 +416,7 @@ class XdsServer:
         finally:
             self._streams.discard(stream)
             self._announce()
-            log.info("Envoy left", node=stream.node)
+            log.info("xDS client left", node=stream.node)
 
     def _hear(self, stream: _Stream, request: Any) -> None:
         known = stream.node
@@ -421,7 +425,7 @@ class XdsServer:
             self.last_nack = nack
             log.error("Envoy refused a change", **asdict(nack))
         if stream.node != known:
-            log.info("Envoy connected", node=stream.node)
+            log.info("xDS client connected", node=stream.node)
         stream.wake.set()
         self._announce()
 
