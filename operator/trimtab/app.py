@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from trimtab.api import PoolSpec
     from trimtab.core.model import Endpoint
-    from trimtab.loop import Witness
     from trimtab.ports import Clock, Publisher
 
 GATEWAY = "gateway"
@@ -72,14 +71,12 @@ class Control:
         publisher: Publisher,
         telemetry: Telemetry,
         clock: Clock,
-        witness: Witness | None = None,
     ) -> None:
         self._group = group
         self._session = session
         self._publisher = publisher
         self._telemetry = telemetry
         self._clock = clock
-        self._witness = witness or telemetry
         self._running: dict[str, tuple[Pool, asyncio.Task[None]]] = {}
         self._wanted: dict[str, Wanted] = {}
 
@@ -95,6 +92,10 @@ class Control:
         for name, wanted in self._wanted.items():
             if wanted != before.get(name):
                 await self._follow(wanted)
+
+    def loop(self, name: str) -> Pool | None:
+        """Give what a pool's loop works with, and what came of it."""
+        return self._running[name][0] if name in self._running else None
 
     async def _follow(self, wanted: Wanted) -> None:
         name, spec = wanted.name, wanted.spec
@@ -117,10 +118,10 @@ class Control:
         try:
             await pool.follow(wanted.endpoints, wanted.draining, self._publisher)
         except PublishError as error:
-            self._witness.failed(name, error)
+            self._telemetry.failed(name, error)
 
     async def _run(self, pool: Pool) -> None:
-        await run_pool(pool, publisher=self._publisher, clock=self._clock, witness=self._witness)
+        await run_pool(pool, publisher=self._publisher, clock=self._clock, witness=self._telemetry)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

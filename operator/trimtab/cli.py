@@ -173,6 +173,21 @@ def standalone(
     show_envvar=True,
     help="Look only at pods with these labels, written as for kubectl -l.  [default: at all]",
 )
+@click.option(
+    "--namespace",
+    default="",
+    envvar="TRIMTAB_NAMESPACE",
+    show_envvar=True,
+    help="Where the Lease is that says which replica writes.  [default: that of this pod]",
+)
+@click.option(
+    "--lease",
+    default="trimtab",
+    envvar="TRIMTAB_LEASE",
+    show_default=True,
+    show_envvar=True,
+    help="Name of that Lease; replicas of one installation share it.",
+)
 @_log_level
 def operator(*, log_level: str, **options: Any) -> None:
     """Balance the InferencePools of a cluster.

@@ -63,6 +63,8 @@ class Pool:
     draining: Collection[Endpoint] = ()
     """Who is asked to leave; none of `endpoints`."""
     state: State = field(default_factory=State)
+    decision: Decision | None = None
+    """The last one."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def follow(
@@ -119,6 +121,7 @@ async def _tick(pool: Pool, *, publisher: Publisher, clock: Clock, witness: Witn
         draining=frozenset(pool.draining).intersection(seen.readings),
     )
     pool.state, decision = step(pool.state, observation, pool.policy, now_s=clock.now_s())
+    pool.decision = decision
     witness.decided(pool.name, observation, decision)
     await publisher.publish(pool.name, decision.snapshot)
     witness.published(pool.name)

@@ -129,19 +129,22 @@ class Registry:
 
     def served(self) -> Mapping[str, Served]:
         """Say who serves each pool now; nothing where it is not known what the pool wants."""
+        pools = self.pools() if self._doubtful else {}
         for key in self._doubtful:
-            # A pool deleted and made again may be here twice until the last word on the first.
-            bearers = [pool for pool in self._pools.values() if pool.key == key]
-            newest = max(bearers, key=lambda pool: pool.version, default=None)
+            newest = pools.get(key)
             before = self._served.pop(key, None)
             if newest is not None and (now := self._judge(newest, before)) is not None:
                 self._served[key] = now
         self._doubtful.clear()
         return self._served
 
-    def pools(self) -> Iterable[Pool]:
-        """Give every pool there is, understood or not."""
-        return self._pools.values()
+    def pools(self) -> Mapping[str, Pool]:
+        """Give every pool there is, understood or not, by its key.
+
+        One deleted and made again is there twice until the last word on the first has come.
+        """
+        in_order = sorted(self._pools.values(), key=lambda pool: pool.version)
+        return {pool.key: pool for pool in in_order}
 
     def _all(self, kind: Kind) -> list[Pod] | list[Pool]:
         if kind is Kind.POOLS:

@@ -366,6 +366,20 @@ class XdsServer:
         versions = {stream.taken(EDS, pool) for stream in self._envoys()}
         return versions.pop() if len(versions) == 1 else None
 
+    def standing(self, pool: str) -> tuple[bool, str]:
+        """Say whether every Envoy has taken something of a pool, and why one refused the latest."""
+        envoys = list(self._envoys())
+        current = self._table[EDS].get(pool)
+        refusal = next(
+            (
+                f"Envoy {each.node}: {each.last_nack.detail if each.last_nack else ''}"
+                for each in envoys
+                if current and each.refused(EDS, pool) == current.version
+            ),
+            "",
+        )
+        return bool(envoys) and all(each.taken(EDS, pool) for each in envoys), refusal
+
     async def wait_acked(self, pool: str, version: str) -> None:
         """Return when every connected Envoy has `version`, or the one that took its place."""
         while True:
