@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from trimtab.sim.scenario import Fault
     from trimtab.workload import Request
 
-    Job = tuple[str, int]
-
+_Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 DEFAULT_POLICIES = "round_robin,least_request,weights,picker"
@@ -79,7 +78,7 @@ def seeded(seed: int, purpose: str) -> Random:
     return Random(f"{seed}/{purpose}")  # noqa: S311  # traffic, not secrets
 
 
-def run_seed(scenario: Scenario, job: Job) -> Run:
+def run_seed(scenario: Scenario, job: tuple[str, int]) -> Run:
     policy, seed = job
     return simulate(scenario, policy, stream=partial(seeded, seed))
 
@@ -336,12 +335,7 @@ def simulate_command(
         draw_tails(plot, {p: _mean_tail(one) for p, one in by_policy.items()})
 
 
-def compute(
-    work: Callable[[Job], _Result] | Callable[[str], _Result],
-    jobs: Sequence[Job] | Sequence[str],
-    *,
-    what: str,
-) -> list[_Result]:
+def compute(work: Callable[[_Job], _Result], jobs: Sequence[_Job], *, what: str) -> list[_Result]:
     """Do the jobs on all cores, with a bar on stderr if that is a terminal; results in order."""
     console = Console(stderr=True)
     bar = Progress(
@@ -357,7 +351,7 @@ def compute(
     # Spawned, not forked: a fork copies the locks that the bar's thread may hold.
     with bar, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         task = bar.add_task(what, total=len(jobs))
-        futures = [pool.submit(work, job) for job in jobs]  # type: ignore[arg-type]  # one of the two
+        futures = [pool.submit(work, job) for job in jobs]
         for _ in as_completed(futures):
             bar.advance(task)
         return [future.result() for future in futures]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.core.backlog import PUSH_S
-from trimtab.core.ledger import Ledger
+from trimtab.core.ledger import EngineModel, Ledger
 from trimtab.core.model import Failure, FailureKind, Observation, Policy, Reading
 from trimtab.core.picking import pick
 from trimtab.core.step import State, step
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trimtab.core.model import Decision, Endpoint, Snapshot
     from trimtab.sim.fleet import Fleet, Pod, Ticket
 
+SHIPPED = EngineModel()
 _REFUSED = Failure(FailureKind.REFUSED)
 
 
@@ -103,10 +104,12 @@ class Picker(Weighted):
         metrics_age_s: float = 0.0,
         pickers: int = 1,
         signals: Signals = Signals(),
+        model: EngineModel = SHIPPED,
         outage_s: tuple[float, float] = (math.inf, math.inf),
     ) -> None:
         super().__init__(rng, period_s=period_s, metrics_age_s=metrics_age_s)
         self._signals = signals
+        self._model = model
         self._outage_s = outage_s
         self._pickers = pickers
         self._others_turn = 0
@@ -124,7 +127,7 @@ class Picker(Weighted):
 
     def forget(self) -> None:
         """Start anew: no picker keeps its ledger over a restart."""
-        self.ledgers = [Ledger() for _ in range(self._pickers)]
+        self.ledgers = [Ledger(model=self._model) for _ in range(self._pickers)]
         self._booked = {}
         self.membership_changed()
 
@@ -149,10 +152,7 @@ class Picker(Weighted):
             if by_whom < signals.unseen_ratio:
                 return pod
         else:
-            start = rng.randrange(len(self.fleet.ready))
-            picked = pick(ledger, ticket.id, tokens=tokens, now_s=now_s, start=start)
-            assert picked is not None  # noqa: S101  # the ledger follows the ready pods
-            pod = self._pods[picked.endpoint]
+            pod = self.choose(ticket, ledger, tokens)
             self._booked[ticket.id] = ledger
             if not signals.misplaced_ratio or rng.random() >= signals.misplaced_ratio:
                 return pod
@@ -164,6 +164,13 @@ class Picker(Weighted):
             )
         )
         return pod
+
+    def choose(self, ticket: Ticket, ledger: Ledger, tokens: float) -> Pod:
+        """Pick and book."""
+        start = self._rng.randrange(len(self.fleet.ready))
+        picked = pick(ledger, ticket.id, tokens=tokens, now_s=self.fleet.now_s, start=start)
+        assert picked is not None  # noqa: S101  # the ledger follows the ready pods
+        return self._pods[picked.endpoint]
 
     def ended(self, ticket: Ticket, pod: Pod) -> None:
         ledger = self._booked.pop(ticket.id, None)

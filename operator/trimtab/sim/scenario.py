@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from random import Random
 
-    from trimtab.sim.fleet import Router, Traffic
+    from trimtab.sim.fleet import Router, Ticket, Traffic
     from trimtab.workload import Request
 
 THINK_S = 10.0  # mean of what a user takes to read an answer and to ask again; exponential
@@ -162,14 +162,12 @@ POLICIES: Mapping[str, Callable[[Scenario, Random], Router]] = MappingProxyType(
 def simulate(scenario: Scenario, policy: str, *, stream: Callable[[str], Random]) -> Run:
     """Run one policy. `stream` gives a generator for a purpose, the same for equal purposes."""
     router = POLICIES[policy](scenario, stream(f"policy {policy}"))
-    fleet = Fleet(scenario.speeds, router=router, spec=scenario.spec)
-    traffic = _traffic(scenario, stream)
-    for fault in scenario.faults:
-        fault.plan(fleet)
     spreads: list[tuple[float, float]] = []
-    fleet.every(CV_SAMPLE_S, lambda: spreads.append((fleet.now_s, backlog_cv(fleet))))
-    tickets = fleet.run(traffic)
-    counted = measured(tickets)
+
+    def watch(fleet: Fleet) -> None:
+        fleet.every(CV_SAMPLE_S, lambda: spreads.append((fleet.now_s, backlog_cv(fleet))))
+
+    counted = measured(play(scenario, router, stream=stream, watch=watch))
     start_s, end_s = counted[0].at_s, counted[-1].at_s
     spread = [cv for at_s, cv in spreads if start_s <= at_s <= end_s]
     ttft_s = sorted(ticket.ttft_s for ticket in counted if ticket.first_s < math.inf)
@@ -182,6 +180,21 @@ def simulate(scenario: Scenario, policy: str, *, stream: Callable[[str], Random]
         ),
         ttft_tail_s=tuple(quantile(ttft_s, level) for level in TAIL_LEVELS),
     )
+
+
+def play(
+    scenario: Scenario,
+    router: Router,
+    *,
+    stream: Callable[[str], Random],
+    watch: Callable[[Fleet], None] = lambda _: None,
+) -> list[Ticket]:
+    """Let a router meet the scenario; `watch` may plan looks at the fleet."""
+    fleet = Fleet(scenario.speeds, router=router, spec=scenario.spec)
+    for fault in scenario.faults:
+        fault.plan(fleet)
+    watch(fleet)
+    return fleet.run(_traffic(scenario, stream))
 
 
 def backlog_cv(fleet: Fleet) -> float:
