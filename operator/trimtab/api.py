@@ -236,9 +236,21 @@ class Metrics(Schema):
     )
 
 
-class Routing(Schema):
-    """Which requests belong to the pool, and how far their split may depart from an even one."""
+class Mode(StrEnum):
+    """Who decides where a request goes."""
 
+    PER_REQUEST = "PerRequest"
+    WEIGHTS = "Weights"
+
+
+class Routing(Schema):
+    """Which requests belong to the pool, and how they are spread."""
+
+    mode: Mode = Field(
+        default=Mode.PER_REQUEST,
+        description="PerRequest: the picker chooses for each request, and while it does not answer "
+        "the weights do. Weights: the weights alone.",
+    )
     models: Annotated[tuple[Name, ...], Keyed()] = Field(
         default=(),
         max_length=64,

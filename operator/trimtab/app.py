@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,14 @@ from trimtab.adapters.envoy_process import EnvoyProcess
 from trimtab.adapters.files import Fleet, FleetFile
 from trimtab.adapters.telemetry import Telemetry, configure_logs
 from trimtab.adapters.xds import XdsServer
+from trimtab.api import Mode
+from trimtab.children import Child, refuse_taken
 from trimtab.envoy_config import Listener, PoolRoute, bootstrap
 from trimtab.loop import LoopClock, Pool, run_pool
 from trimtab.ports import PublishError, TrimtabError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
     import aiohttp
@@ -132,6 +135,8 @@ class Standalone:
     listen: Address
     xds: Address
     telemetry: Address
+    picker: Address
+    picker_telemetry: Address
     admin_port: int
     start_envoy: bool = True
     envoy: Path | None = None
@@ -139,7 +144,7 @@ class Standalone:
 
 
 async def standalone(options: Standalone) -> None:
-    """Balance the fleet of a file until SIGTERM or SIGINT.
+    """Balance the fleet of a file until SIGTERM or SIGINT; the picker is a process beside us.
 
     Raises:
         ConfigurationError: the file cannot be carried out.
@@ -174,8 +179,16 @@ async def _standalone(options: Standalone) -> None:
         await stack.enter_async_context(telemetry.serve(*options.telemetry))
         await xds.start()
         stack.push_async_callback(xds.stop)
+        picker = picker_process(
+            control=(xds.host, xds.port), listen=options.picker, telemetry=options.picker_telemetry
+        )
+        await picker.start()
+        stack.push_async_callback(picker.stop)
         envoy_bootstrap = gateway_bootstrap(
-            listen=options.listen, xds=(xds.host, xds.port), admin_port=options.admin_port
+            listen=options.listen,
+            xds=(xds.host, xds.port),
+            admin_port=options.admin_port,
+            pickers=[options.picker],
         )
         envoy: EnvoyProcess | None = None
         if options.start_envoy:
@@ -201,22 +214,48 @@ async def _standalone(options: Standalone) -> None:
 
 
 async def _follow(fleet: Fleet, *, control: Control, xds: XdsServer) -> None:
-    routes = [
-        PoolRoute(pool.name, models=pool.routing.models, hostnames=pool.routing.hostnames)
-        for pool in fleet.pools
-    ]
+    routes = [route_of(pool.name, pool) for pool in fleet.pools]
     xds.set_pools({GATEWAY: routes})
     await control.follow(Wanted(pool.name, pool, frozenset(pool.endpoints)) for pool in fleet.pools)
 
 
-def gateway_bootstrap(*, listen: Address, xds: Address, admin_port: int) -> dict[str, Any]:
+def route_of(name: str, spec: PoolSpec, *, models: tuple[str, ...] = ()) -> PoolRoute:
+    """Say what Envoy and the picker have to know of a pool; it serves `models` unless it says."""
+    return PoolRoute(
+        name,
+        models=spec.routing.models or models,
+        hostnames=spec.routing.hostnames,
+        picked=spec.routing.mode is Mode.PER_REQUEST,
+        metrics_path=spec.metrics_path,
+        engine=spec.engine,
+    )
+
+
+def picker_process(*, control: Address, listen: Address, telemetry: Address) -> Child:
+    """Make the picker's process, which is yet to be started. Raises StartError: a port is taken."""
+    command = [sys.executable, "-m", "trimtab", "picker"]
+    for name, address in (("listen", listen), ("telemetry", telemetry)):
+        refuse_taken("the picker", *address)
+        command += [f"--{name}", told(address)]
+    return Child("picker", [*command, "--control", told(_reached(control))])
+
+
+def gateway_bootstrap(
+    *, listen: Address, xds: Address, admin_port: int, pickers: Sequence[Address] = ()
+) -> dict[str, Any]:
     """Build what an Envoy has to be started with to become the gateway."""
-    xds_host, xds_port = xds
     return bootstrap(
         [Listener(GATEWAY, listen[1], listen[0])],
-        xds=(_ANY.get(xds_host, xds_host), xds_port),
+        xds=_reached(xds),
         admin_port=admin_port,
+        pickers=[_reached(picker) for picker in pickers],
     )
+
+
+def _reached(address: Address) -> Address:
+    """Where somebody is reached who listens there."""
+    host, port = address
+    return _ANY.get(host, host), port
 
 
 class _Dumper(yaml.SafeDumper):

@@ -103,6 +103,20 @@ def main() -> None:
     show_default=True,
     help="Where /metrics, /healthz and /readyz are.",
 )
+@click.option(
+    "--picker",
+    type=_Address(),
+    default="127.0.0.1:9001",
+    show_default=True,
+    help="Where the picker is asked by Envoy.",
+)
+@click.option(
+    "--picker-telemetry",
+    type=_Address(),
+    default="127.0.0.1:8082",
+    show_default=True,
+    help="Where the picker's /metrics and /debug/decisions are.",
+)
 @click.option("--no-envoy", is_flag=True, help="Only serve xDS, and print the bootstrap to use.")
 @click.option(
     "--envoy",
@@ -117,6 +131,8 @@ def standalone(
     listen: tuple[str, int],
     xds: tuple[str, int],
     telemetry: tuple[str, int],
+    picker: tuple[str, int],
+    picker_telemetry: tuple[str, int],
     no_envoy: bool,
     envoy: Path | None,
     envoy_admin_port: int,
@@ -133,6 +149,8 @@ def standalone(
         listen=listen,
         xds=xds,
         telemetry=telemetry,
+        picker=picker,
+        picker_telemetry=picker_telemetry,
         admin_port=envoy_admin_port,
         start_envoy=not no_envoy,
         envoy=envoy,
@@ -249,9 +267,19 @@ def picker(
     show_default=True,
     help="Where Trimtab serves xDS; a name will do.",
 )
+@click.option(
+    "--picker",
+    type=_Address(names_too=True),
+    multiple=True,
+    help="Where a picker listens: the active one, then those that stand by.  [default: none]",
+)
 @_admin_port
 def envoy_bootstrap(
-    *, listen: tuple[str, int], xds: tuple[str, int], envoy_admin_port: int
+    *,
+    listen: tuple[str, int],
+    xds: tuple[str, int],
+    picker: tuple[tuple[str, int], ...],
+    envoy_admin_port: int,
 ) -> None:
     """Print what makes your Envoy the gateway.
 
@@ -259,9 +287,10 @@ def envoy_bootstrap(
     """
     from trimtab import app  # noqa: PLC0415  # help is quick
 
-    click.echo(
-        app.as_yaml(app.gateway_bootstrap(listen=listen, xds=xds, admin_port=envoy_admin_port))
+    bootstrap = app.gateway_bootstrap(
+        listen=listen, xds=xds, admin_port=envoy_admin_port, pickers=picker
     )
+    click.echo(app.as_yaml(bootstrap))
 
 
 @main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)

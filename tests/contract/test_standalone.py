@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from trimtab import __version__
 from trimtab.engine_sim.server import EngineOptions, serve
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 COMMAND = (sys.executable, "-m", "trimtab")
 MODEL = "llama"
@@ -36,26 +37,40 @@ class Ports:
     xds: int
     telemetry: int
     admin: int
+    picker: int
+    picker_telemetry: int
 
     @classmethod
     def free(cls) -> Ports:
-        return cls(*free_ports(4))
+        return cls(*free_ports(6))
 
     @property
     def options(self) -> tuple[str, ...]:
         return (
             *("--listen", f"127.0.0.1:{self.listen}", "--xds", f"127.0.0.1:{self.xds}"),
             *("--telemetry", f"127.0.0.1:{self.telemetry}", "--envoy-admin-port", str(self.admin)),
+            *("--picker", f"127.0.0.1:{self.picker}"),
+            *("--picker-telemetry", f"127.0.0.1:{self.picker_telemetry}"),
         )
 
-    def left_running(self) -> list[str]:
+    def left_running(self) -> list[int]:
         """Processes that know of our ports: Envoy's command line holds its bootstrap."""
-        needle = f'"port_value": {self.admin}'.encode()
-        return [
-            str(process)
-            for process in Path("/proc").glob("[0-9]*")
-            if needle in _command_line(process)
-        ]
+        return self.envoys() + self.pickers()
+
+    def envoys(self) -> list[int]:
+        return processes(f'"port_value": {self.admin}')
+
+    def pickers(self) -> list[int]:
+        return processes(f"--listen\x00127.0.0.1:{self.picker}\x00")
+
+
+def processes(needle: str) -> list[int]:
+    """Whose command lines have it."""
+    return [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if needle.encode() in _command_line(process)
+    ]
 
 
 def _command_line(process: Path) -> bytes:
@@ -72,9 +87,10 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def write_fleet(path: Path, ports: list[int]) -> None:
+def write_fleet(path: Path, ports: Sequence[int], **routing: str) -> None:
     pool = {
         "name": MODEL,
+        "routing": routing,
         "endpoints": [f"127.0.0.1:{port}" for port in ports],
         "metrics": {"intervalMilliseconds": 100, "timeoutMilliseconds": 100},
     }
@@ -265,13 +281,14 @@ async def _served_by(trimtab: Running, ports: list[int]) -> None:
 async def test_without_an_envoy_it_prints_the_bootstrap_for_one(fleet: Path) -> None:
     async with running(fleet, "--no-envoy") as trimtab:
         await trimtab.ready()
-        assert trimtab.ports.left_running() == []
+        assert trimtab.ports.envoys() == []
         trimtab.process.terminate()
         assert trimtab.process.stdout is not None
         printed = yaml.safe_load(await trimtab.process.stdout.read())
-    listen, xds = (f"127.0.0.1:{port}" for port in (trimtab.ports.listen, trimtab.ports.xds))
-    admin = str(trimtab.ports.admin)
-    assert printed == bootstrap("--listen", listen, "--xds", xds, "--envoy-admin-port", admin)
+    ports = trimtab.ports
+    listen, xds, picker = (f"127.0.0.1:{port}" for port in (ports.listen, ports.xds, ports.picker))
+    options = ("--listen", listen, "--xds", xds, "--picker", picker)
+    assert printed == bootstrap(*options, "--envoy-admin-port", str(ports.admin))
 
 
 def bootstrap(*options: str) -> Any:
@@ -311,3 +328,59 @@ def test_help_loads_nothing_that_takes_time() -> None:
     loads = "import sys, trimtab.cli; print(*sys.modules)"
     told = subprocess.check_output((sys.executable, "-c", loads), text=True, timeout=DEADLINE_S)
     assert {"aiohttp", "grpc", "pydantic", "yaml", "structlog"}.isdisjoint(told.split())
+
+
+async def test_each_request_is_picked_for_unless_the_pool_says_weights(fleet: Path) -> None:
+    async with serve([EngineOptions(model=MODEL, speed=50.0)] * 2) as engines:
+        write_fleet(fleet, engines.ports)
+        async with running(fleet) as standalone:
+            await standalone.ready()
+            await until(lambda: _is_picked_for(standalone))
+            [first] = standalone.ports.pickers()
+            os.kill(first, signal.SIGKILL)
+            assert await _ask(standalone) == 200
+            await until(lambda: _is_picked_for(standalone))
+            assert standalone.ports.pickers() != [first]
+
+            write_fleet(fleet, engines.ports, mode="Weights")
+            await standalone.line("the fleet file has changed")
+            await until(lambda: _has_no_pool(standalone))
+            assert await _ask(standalone) == 200
+            standalone.process.send_signal(signal.SIGTERM)
+            assert await standalone.process.wait() == 0
+            assert standalone.ports.left_running() == []
+
+
+async def _ask(standalone: Running) -> int:
+    url = f"http://127.0.0.1:{standalone.ports.listen}/v1/completions"
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 1}
+    async with standalone.session.post(url, json=body) as answer:
+        return answer.status
+
+
+async def _picker_page(standalone: Running) -> str:
+    url = f"http://127.0.0.1:{standalone.ports.picker_telemetry}/metrics"
+    try:
+        async with standalone.session.get(url) as answer:
+            return await answer.text()
+    except aiohttp.ClientError:
+        return ""
+
+
+async def _is_picked_for(standalone: Running) -> bool:
+    before = await _picker_page(standalone)
+    assert await _ask(standalone) == 200
+    after = await _picker_page(standalone)
+    return f'picks_total{{pool="{MODEL}"}}' in before and before != after
+
+
+async def _has_no_pool(standalone: Running) -> bool:
+    return MODEL not in await _picker_page(standalone)
+
+
+async def test_a_port_that_the_picker_needs_is_told_when_taken(fleet: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = replace(Ports.free(), picker=taken.getsockname()[1])
+        status, line = fails("standalone", str(fleet), *ports.options)
+    assert status == 1
+    assert f"the picker cannot listen on 127.0.0.1:{ports.picker}" in line

@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import socket
-import sys
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -22,27 +20,16 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import structlog
 
+from trimtab.children import BACKOFF_S, backoff_after, dying_with_us, end, refuse_taken
 from trimtab.ports import StartError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
 
 START_DEADLINE_S = 15.0  # 0.3 s on a quiet machine
-STOP_GRACE_S = 5.0
 ASK_EVERY_S = 0.02
-BACKOFF_S = (0.1, 5.0)  # a crash costs little; a crash loop must not burn a core
-HEALTHY_AFTER_S = 30.0  # whoever lived so long crashed for a new reason: the back-off starts anew
 
 _LINE_LIMIT_BYTES = 1 << 20  # a refused table may be quoted in a warning
-
-# Ties the child's life to ours even when we are SIGKILLed. A wrapper rather than preexec_fn, which
-# may dead-lock in a process with threads (gRPC's). PR_SET_PDEATHSIG is 1 and survives exec.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 log = structlog.get_logger(__name__)
 
@@ -98,7 +85,7 @@ class EnvoyProcess:
         """
         binary = find_envoy(self._binary)
         for what, address in self._addresses():
-            _refuse_taken(what, address["address"], address["port_value"])
+            refuse_taken(what, address["address"], address["port_value"])
         self._process = await self._spawn(binary)
         try:
             await self._wait_status(None, timeout_s=START_DEADLINE_S)
@@ -118,16 +105,15 @@ class EnvoyProcess:
             await asyncio.wait([self._supervisor])
             self._supervisor = None
         if self._process is not None:
-            await _end(self._process)
+            await end(self._process)
             self._process = None
 
     async def _spawn(self, binary: Path) -> asyncio.subprocess.Process:
-        wrapper = (sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()))
-        options = ("--log-level", "warn", "--log-format", "%v", "--disable-hot-restart")
+        command = [str(binary), "--config-yaml", json.dumps(self._bootstrap)]
+        command += ["--log-level", "warn", "--log-format", "%v", "--disable-hot-restart"]
+        command += ["--concurrency", str(self._concurrency)]
         return await asyncio.create_subprocess_exec(
-            *wrapper,
-            *(str(binary), "--config-yaml", json.dumps(self._bootstrap)),
-            *(*options, "--concurrency", str(self._concurrency)),
+            *dying_with_us(command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -142,11 +128,9 @@ class EnvoyProcess:
             async for line in _lines(self._process):
                 log.warning("Envoy warns", line=line)
             status = await self._process.wait()
-            if time.monotonic() - started_s > HEALTHY_AFTER_S:
-                backoff_s = BACKOFF_S[0]
             log.error("Envoy died and is started again", status=status, backoff_s=backoff_s)
             await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, BACKOFF_S[1])
+            backoff_s = backoff_after(backoff_s, lived_s=time.monotonic() - started_s)
             self.restarts_total += 1
             try:
                 self._process = await self._spawn(binary)
@@ -185,27 +169,3 @@ async def _lines(process: asyncio.subprocess.Process) -> AsyncIterator[str]:
     if process.stderr is not None:
         async for line in process.stderr:
             yield line.decode(errors="replace").rstrip()
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.communicate(), STOP_GRACE_S)
-    except TimeoutError:
-        process.kill()
-        await process.communicate()
-
-
-def _refuse_taken(what: str, address: str, port: int) -> None:
-    """Say now that a port is taken: two Envoys would share it (SO_REUSEPORT) and not complain."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise StartError(
-                f"{what} cannot listen on {address}:{port}: {os.strerror(error.errno or 0)}; "
-                "free the port or choose another"
-            ) from error
