@@ -1,60 +1,54 @@
-"""What the tests of several layers share: how a cluster is asked for."""
+"""What the tests of several layers share: where a cluster can run, and what happens where not."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster import network
-from cluster.tools import UnavailableError, programs
+from cluster.tools import UnavailableError, programs, system_program
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
-_no_network = pytest.StashKey[str]()
+NEEDS: dict[str, Callable[[], object]] = {
+    "plane": programs,
+    "cluster": network.enter,
+    "cluster_ips": lambda: system_program("nft"),
+}
+"""The fixtures that start a cluster, and what makes this process ready for them, in that order."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cluster: starts a real Kubernetes; added by its fixtures")
+    config.addinivalue_line("markers", "cluster: starts a real Kubernetes; set by its fixtures")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"plane", "cluster"} & set(getattr(item, "fixturenames", ())):
+        if any(_asks(item, fixture) for fixture in NEEDS):
             item.add_marker(pytest.mark.cluster)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Move into a private network while this process still has a single thread: see `network`."""
-    if not any("cluster" in getattr(item, "fixturenames", ()) for item in session.items):
+    """Move into a private network if a selected test needs it, and skip what cannot run here.
+
+    With TRIMTAB_REQUIRE_CLUSTER=1 nothing is skipped: what cannot run is an error.
+    """
+    if session.config.option.collectonly:
         return
-    try:
-        programs()
-        network.enter()
-    except UnavailableError as error:
-        session.config.stash[_no_network] = str(error)
+    for fixture, prepare in NEEDS.items():
+        asking = [item for item in session.items if _asks(item, fixture)]
+        try:
+            if asking:
+                prepare()
+        except UnavailableError as error:
+            if os.environ.get("TRIMTAB_REQUIRE_CLUSTER") == "1":
+                raise pytest.UsageError(f"{len(asking)} tests cannot run: {error}") from None
+            for item in asking:
+                item.add_marker(pytest.mark.skip(reason=str(error)))
 
 
-@pytest.fixture(scope="session")
-def kubernetes_programs() -> Path:
-    """Return the directory of kube-apiserver and the others, or skip."""
-    try:
-        return programs()
-    except UnavailableError as error:
-        skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def private_network(pytestconfig: pytest.Config) -> None:
-    """Skip where this process could not move into a network of its own."""
-    if reason := pytestconfig.stash.get(_no_network, ""):
-        skip(reason)
-
-
-def skip(reason: str) -> NoReturn:
-    """Skip what this machine cannot run; where the cluster tests are required, fail."""
-    if os.environ.get("TRIMTAB_REQUIRE_CLUSTER") == "1":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
+def _asks(item: pytest.Item, fixture: str) -> bool:
+    return fixture in getattr(item, "fixturenames", ())

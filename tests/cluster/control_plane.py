@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from cluster.api import TIMEOUT_S, Api, ApiError
@@ -31,6 +32,30 @@ CONTROLLERS = "system:kube-controller-manager"
 GROUPS = {"admin": "system:masters", CONTROLLERS: "", SCHEDULER: "", "system:kube-proxy": "",
           "kwok": "system:masters", "kubelet": "system:masters"}  # fmt: skip
 """Who has a static token, and in which group."""
+AUDIT = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived", "ResponseStarted"],
+    "rules": [
+        {"level": "None", "userGroups": ["system:serviceaccounts:kube-system", "system:masters"]},
+        {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+    ],
+}
+"""Who is written down: what tests bring, not the control plane's own parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the API server's audit log has it; a watch is there when it has ended."""
+
+    verb: str
+    group: str
+    resource: str
+    """With its subresource: `pods/status`; empty for a path that is no resource."""
+    namespace: str
+    name: str
+    path: str
+    status: int
 
 
 class ControlPlane:
@@ -148,6 +173,13 @@ class ControlPlane:
             self._start_apiserver()
         self._until_answers("/readyz")
 
+    def requests_of(self, service_account: str) -> list[Request]:
+        """Return what that ServiceAccount (NAMESPACE/NAME) has asked so far, oldest first."""
+        user = f"system:serviceaccount:{service_account.replace('/', ':')}"
+        lines = (self.directory / "audit.log").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return [_request(entry) for entry in entries if entry["user"]["username"] == user]
+
     def usage(self) -> dict[str, Usage]:
         """Return what each running program has taken so far."""
         return {name: program.usage() for name, program in self.programs.items() if program.runs}
@@ -171,6 +203,7 @@ class ControlPlane:
         )  # fmt: skip
         rows = [f'{self._tokens[user]},{user},{user},"{group}"' for user, group in GROUPS.items()]
         (self.directory / "tokens.csv").write_text("\n".join(rows))
+        (self.directory / "audit.json").write_text(json.dumps(AUDIT))
 
     def _kubeconfig(self, user: str, token: str) -> Path:
         path = self.directory / f"{user.replace('/', '-').replace(':', '-')}.kubeconfig"
@@ -217,6 +250,8 @@ class ControlPlane:
             f"--service-account-key-file={self._cert}",
             f"--service-account-signing-key-file={self._key}",
             f"--service-cluster-ip-range={SERVICE_RANGE}",
+            f"--audit-policy-file={self.directory / 'audit.json'}",
+            f"--audit-log-path={self.directory / 'audit.log'}",
         )
 
     def _start_controllers(self) -> None:
@@ -275,6 +310,19 @@ class ControlPlane:
 
 class KubectlError(Exception):
     """Kubectl failed; the message is what it said."""
+
+
+def _request(entry: Mapping[str, Any]) -> Request:
+    what = entry.get("objectRef", {})
+    return Request(
+        verb=entry["verb"],
+        group=what.get("apiGroup", ""),
+        resource="/".join(what[key] for key in ("resource", "subresource") if key in what),
+        namespace=what.get("namespace", ""),
+        name=what.get("name", ""),
+        path=entry["requestURI"],
+        status=entry["responseStatus"]["code"],
+    )
 
 
 def _free_ports(count: int) -> list[int]:

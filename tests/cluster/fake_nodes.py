@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -45,8 +45,6 @@ class Cluster:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.plane = plane
-        self.no_cluster_ips = ""
-        """Why ClusterIPs do not answer here; empty if they do."""
         self._nodes = 0
 
     @classmethod
@@ -71,11 +69,8 @@ class Cluster:
         command = (sys.executable, "-m", "cluster.kubelet", kubeconfig)
         plane.run("kubelet", *command, PYTHONPATH=str(HERE.parent))
         cluster.add_nodes(nodes)
-        try:
+        with suppress(UnavailableError):
             system_program("nft")
-        except UnavailableError as error:
-            cluster.no_cluster_ips = f"no ClusterIPs: {error} (Debian package nftables)"
-        else:
             cluster._start_proxy()
         yield cluster
 

@@ -83,7 +83,8 @@ def _continue_in_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child as well
     signal.signal(signal.SIGTERM, lambda signum, _: os.kill(child, signum))
     _, status = os.waitpid(child, 0)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
 
 
 def _inside() -> bool:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 DEADLINE_S = 20.0  # far above what anything here takes; only a hang meets it
 POLL_S = 0.02
+# setpriv comes too late if the parent has died before; the shell looks once more.
+_IF_PARENT_LIVES = 'test "$PPID" = "$0" && exec "$@"'
 LOG_TAIL_CHARS = 3000  # enough for a Go program's last words
 
 
@@ -46,9 +48,10 @@ class Program:
     ) -> None:
         self.name = name
         self._log = log
+        guard = (system_program("setpriv"), "--pdeathsig", "KILL", "--")
         with log.open("a") as output:
             self._process = subprocess.Popen(
-                [system_program("setpriv"), "--pdeathsig", "KILL", "--", *command],
+                [*guard, "sh", "-c", _IF_PARENT_LIVES, str(os.getpid()), *command],
                 env={**os.environ, "PATH": SEARCH_PATH, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

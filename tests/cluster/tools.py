@@ -11,6 +11,8 @@ CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-sche
 FAKE_NODES = ("kwok", "kube-proxy")
 SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 """Where Debian keeps ip and nft, which an ordinary user's PATH lacks."""
+PACKAGES = {"ip": "iproute2", "nft": "nftables", "setpriv": "util-linux", "unshare": "util-linux"}
+"""Debian's, where they are not called as the program."""
 
 _BUILD = Path(__file__).parent / "tools" / "build.sh"
 
@@ -47,5 +49,5 @@ def system_program(name: str) -> Path:
     """
     found = shutil.which(name, path=SEARCH_PATH)
     if found is None:
-        raise UnavailableError(f"no `{name}` on this machine")
+        raise UnavailableError(f"no `{name}` here: install {PACKAGES.get(name, name)}")
     return Path(found)

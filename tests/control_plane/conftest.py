@@ -9,32 +9,32 @@ import pytest
 
 from cluster.control_plane import ControlPlane
 from cluster.fake_nodes import Cluster
+from cluster.tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def plane(
-    kubernetes_programs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ControlPlane]:
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """Give a real control plane without nodes (level A)."""
-    directory = tmp_path_factory.mktemp("control-plane")
-    with ControlPlane.start(kubernetes_programs, directory) as plane:
+    with ControlPlane.start(programs(), tmp_path_factory.mktemp("control-plane")) as plane:
         yield plane
 
 
 @pytest.fixture(scope="session")
-def cluster(
-    private_network: None,  # noqa: ARG001  # for what it checks
-    plane: ControlPlane,
-) -> Iterator[Cluster]:
+def cluster(plane: ControlPlane) -> Iterator[Cluster]:
     """Give the control plane with nodes on which pods answer (level B)."""
     with Cluster.start(plane) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster_ips(cluster: Cluster) -> Cluster:
+    """Give that cluster where ClusterIPs answer as well."""
+    return cluster
 
 
 @pytest.fixture

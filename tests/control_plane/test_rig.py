@@ -92,6 +92,14 @@ def test_a_service_account_may_do_what_it_was_granted_and_nothing_else(
         with pytest.raises(ApiError, match="secrets is forbidden"):
             api.get(f"/api/v1/namespaces/{namespace}/secrets")
 
+    requests = plane.requests_of(f"{namespace}/default")
+    asked = Counter((r.verb, r.resource, r.namespace, r.status) for r in requests)
+    assert set(asked) == {
+        ("list", "configmaps", namespace, 403),
+        ("list", "configmaps", namespace, 200),
+        ("list", "secrets", namespace, 403),
+    }
+
 
 def test_what_a_killed_test_run_started_ends_with_it(tmp_path: Path) -> None:
     script = (
@@ -159,11 +167,11 @@ def test_a_pod_of_any_other_image_is_ready_and_answers_nothing(
     assert not answers(pod.address)
 
 
-def test_a_cluster_ip_spreads_connections_over_the_pods(cluster: Cluster, namespace: str) -> None:
-    if cluster.no_cluster_ips:
-        pytest.skip(cluster.no_cluster_ips)
-    pods = deploy(cluster, namespace, 3)
-    service = cluster.plane.api.get(f"/api/v1/namespaces/{namespace}/services/web")
+def test_a_cluster_ip_spreads_connections_over_the_pods(
+    cluster_ips: Cluster, namespace: str
+) -> None:
+    pods = deploy(cluster_ips, namespace, 3)
+    service = cluster_ips.plane.api.get(f"/api/v1/namespaces/{namespace}/services/web")
     address = service["spec"]["clusterIP"]
 
     until(lambda: answers(address, 80), "an answer by ClusterIP")  # kube-proxy follows with a lag
