@@ -137,6 +137,7 @@ def test_a_bad_field_is_told_with_its_line(path: Path, field: str, rule: str) ->
         load(path)
     assert str(told.value).startswith(f"{path}:5: pools[0].")
     assert rule in str(told.value)
+    assert "more)" not in str(told.value)  # one mistake is one
 
 
 @pytest.mark.parametrize(

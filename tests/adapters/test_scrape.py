@@ -222,6 +222,6 @@ async def test_an_ipv6_endpoint_is_asked_like_any_other(session: aiohttp.ClientS
 
 async def test_the_path_is_asked_as_it_is_written(session: aiohttp.ClientSession) -> None:
     async with page_server(says(response())) as server:
-        scraper = PageScraper(session, LoopClock(), path="/a%2Fb?c=%20", timeout_s=PATIENT_S)
+        scraper = PageScraper(session, LoopClock(), path="/a%2Fb%7E?c=%20", timeout_s=PATIENT_S)
         await scraper.observe([server.endpoint])
-    assert server.requests[0].startswith(b"GET /a%2Fb?c=%20 HTTP/1.1\r\n")
+    assert server.requests[0].startswith(b"GET /a%2Fb%7E?c=%20 HTTP/1.1\r\n")

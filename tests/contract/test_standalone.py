@@ -87,9 +87,9 @@ def write(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def write_fleet(path: Path, ports: Sequence[int], **routing: str) -> None:
+def write_fleet(path: Path, ports: Sequence[int], *, name: str = MODEL, **routing: str) -> None:
     pool = {
-        "name": MODEL,
+        "name": name,
         "routing": routing,
         "endpoints": [f"127.0.0.1:{port}" for port in ports],
         "metrics": {"intervalMilliseconds": 100, "timeoutMilliseconds": 100},
@@ -219,8 +219,8 @@ async def test_a_signal_ends_it_with_its_envoy_and_exit_code_0(
         trimtab.process.send_signal(number)
         async with asyncio.timeout(DEADLINE_S):
             await trimtab.line("stopped")
+            assert trimtab.ports.left_running() == []  # ended by us, not by our end
             assert await trimtab.process.wait() == 0
-        assert trimtab.ports.left_running() == []
 
 
 async def test_a_changed_file_is_followed_and_a_bad_one_ignored_without_a_failed_request(
@@ -259,6 +259,19 @@ async def test_a_changed_file_is_followed_and_a_bad_one_ignored_without_a_failed
                 results = await asyncio.gather(*asking, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         assert set(statuses) == {200}
+
+
+async def test_a_pool_that_leaves_the_file_is_watched_and_shown_no_more(fleet: Path) -> None:
+    async with running(fleet, "--no-envoy") as trimtab:
+        await trimtab.ready()
+        write_fleet(fleet, free_ports(1), name="other")
+        assert (await trimtab.line("pool is no longer served"))["pool"] == MODEL
+        assert (await trimtab.line("pool is served"))["pool"] == "other"
+        url = f"http://127.0.0.1:{trimtab.ports.telemetry}/metrics"
+        async with trimtab.session.get(url) as answer:
+            shown = await answer.text()
+        assert 'pool="other"' in shown
+        assert f'pool="{MODEL}"' not in shown
 
 
 async def _grown(statuses: list[int], count: int) -> bool:
