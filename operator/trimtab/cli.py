@@ -293,13 +293,25 @@ def envoy_bootstrap(
     click.echo(app.as_yaml(bootstrap))
 
 
-@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+_passed_on = {"ignore_unknown_options": True}  # the command has its own options, loaded with it
+
+
+@main.command(context_settings=_passed_on, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:
     """Compare Trimtab with Envoy's own balancing."""
     from trimtab.demo.command import demo_command  # noqa: PLC0415  # help is quick
 
     demo_command.main(arguments, prog_name="trimtab demo", standalone_mode=False)
+
+
+@main.command(context_settings=_passed_on, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def simulate(arguments: tuple[str, ...]) -> None:
+    """Compare balancing policies in simulated time, on your own trace."""
+    from trimtab.simulate import simulate_command  # noqa: PLC0415  # help is quick
+
+    simulate_command.main(arguments, prog_name="trimtab simulate", standalone_mode=False)
 
 
 @main.command()
