@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ from cluster.tools import UnavailableError, programs, system_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# pytest-asyncio keeps the loop it finds at its start and never closes it; the collector's complaint
+# would fail whichever test it interrupts.
+asyncio.set_event_loop(None)
 
 NEEDS: dict[str, Callable[[], object]] = {
     "plane": programs,

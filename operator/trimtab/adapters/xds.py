@@ -321,7 +321,9 @@ class XdsServer:
         server = grpc.aio.server(options=_OPTIONS)
         server.add_generic_rpc_handlers((self._handlers(),))
         try:
-            self.port = server.add_insecure_port(f"{self.host}:{self.port}")
+            self.port = server.add_insecure_port(
+                f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+            )
         except RuntimeError as error:
             raise StartError(
                 f"xDS cannot listen on {self.host}:{self.port}: is another Trimtab running? "

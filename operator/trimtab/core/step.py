@@ -195,5 +195,6 @@ def _judge(
 
 
 def _change(endpoint: Endpoint, before: EndpointState, now: EndpointState, reason: str) -> str:
-    where = f"{endpoint.pod} ({endpoint.address}:{endpoint.port})"
+    address = f"{endpoint.address}:{endpoint.port}"
+    where = address if endpoint.pod == address else f"{endpoint.pod} ({address})"
     return f"{where} was {before}, is {now}" + (f": {reason}" if reason else "")
