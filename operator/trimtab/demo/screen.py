@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLORS = ("#E69F00", "#56B4E9")
 ALL_SENT = "all sent; waiting for the last answers"
 BAR_CELLS = 15  # as much as 80 columns leave to each side
-FRAMES_PER_S = 4.0  # what an eye follows; each costs about a millisecond
+FRAMES_PER_S = 4.0  # what an eye follows; each costs 4 ms of CPU time
 LINE_EVERY_S = 5.0  # for logs: few enough to read, often enough to see that it lives
 
 ROWS = (
