@@ -300,7 +300,15 @@ def simulate_command(
     lengths, traffic = _lengths(workload, trace, cv=cv)
     if recorded_gaps and trace is None:
         raise ConfigurationError("--recorded-gaps are those of a trace: give --trace")
+    if max_load and users:
+        raise ConfigurationError("--users make their own load: there is no highest one to find")
     spec = EngineSpec()
+    longest_tokens = max(r.prompt_tokens + r.output_tokens for r in lengths)
+    if longest_tokens > spec.kv_capacity_tokens:
+        raise ConfigurationError(
+            f"a request of {longest_tokens} tokens does not fit a pod, which holds"
+            f" {spec.kv_capacity_tokens}"
+        )
     rate_per_s = load * sum(speeds) * saturated_rate_per_s(lengths, spec=spec)
     scenario = Scenario(
         workload=traffic,

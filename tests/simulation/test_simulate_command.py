@@ -99,6 +99,7 @@ def test_bad_options_are_told_by_an_example(arguments: list[str], message: str) 
         (["--pods", "2", "--speeds", "1,1,1"], "3 speeds for 2 pods"),
         (["--pods", "1", "--join", "0@5"], "at least one pod must be there from the beginning"),
         (["--recorded-gaps"], "give --trace"),
+        (["--users", "5", "--max-load"], "there is no highest one to find"),
     ],
 )
 def test_what_cannot_be_simulated_is_a_configuration_error(
@@ -109,9 +110,13 @@ def test_what_cannot_be_simulated_is_a_configuration_error(
     assert message in str(done.exception)
 
 
-def test_a_bad_trace_is_told_with_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("374,x", "line 2: "), ("399990,11", "a request of 400001 tokens does not fit a pod")],
+)
+def test_a_trace_that_cannot_be_played_is_told(tmp_path: Path, row: str, message: str) -> None:
     trace = tmp_path / "trace.csv"
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,374,x\n")
+    trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,{row}\n")
     done = CliRunner().invoke(simulate_command, ["--trace", str(trace)])
     assert isinstance(done.exception, ConfigurationError)
-    assert f"{trace}: line 2: " in str(done.exception)
+    assert message in str(done.exception)
