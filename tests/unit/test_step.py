@@ -72,8 +72,10 @@ def _states(decision: Decision) -> list[EndpointState]:
 
 def test_an_empty_pool_has_an_empty_snapshot() -> None:
     state, decision = step(State(), Observation({}), POLICY, now_s=0.0)
-    assert decision == Decision(snapshot=state.snapshot)
+    assert decision == Decision(snapshot=state.snapshot, judgement=decision.judgement)
     assert decision.snapshot.weights == {}
+    assert decision.judgement is not None
+    assert decision.judgement.verdict == "Unknown"
 
 
 def test_a_healthy_pool_serves_with_equal_weights_and_says_nothing() -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trimtab.core.verdict import Judgement
+
 
 class Endpoint(NamedTuple):
     """One address:port that serves; a pod may be several.
@@ -157,3 +159,5 @@ class Decision:
     )
     changes: tuple[str, ...] = ()
     """One sentence per change of an endpoint's state, for the log."""
+    judgement: Judgement | None = None
+    """What is wrong with the pool, if anything; None until somebody judges."""

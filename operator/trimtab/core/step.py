@@ -1,6 +1,7 @@
 """One tick of a pool as one function: what was seen goes in, what is to be done comes out.
 
-The line: readings -> memory (backlog.py) -> levels -> weights (weights.py) -> snapshot and report.
+The line: readings -> memory (backlog.py) -> levels -> weights (weights.py) -> snapshot and report,
+and beside it memory -> verdict (verdict.py).
 All that outlives a tick is in the State that the caller hands back at the next one.
 
 Fail static. Without data weights grow flatter with the age of what is known, then stay; nothing
@@ -33,6 +34,7 @@ from trimtab.core.model import (
     FailureKind,
     Snapshot,
 )
+from trimtab.core.verdict import Watch, judge
 from trimtab.core.weights import settle, weigh
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class State:
     refused: frozenset[Endpoint] = frozenset()
     """Where nobody listened, when last heard."""
     states: Mapping[Endpoint, EndpointState] = field(default_factory=lambda: MappingProxyType({}))
+    watch: Watch = field(default_factory=Watch)
 
 
 def step(
@@ -114,13 +117,17 @@ def step(
         before = state.states.get(endpoint, EndpointState.SERVING)
         if now != before:
             changes.append(_change(endpoint, before, now, reason))
+    watch, judgement = judge(state.watch, memory, reachable, policy)
     after = State(
         memory=memory,
         snapshot=snapshot,
         refused=refused,
         states={e: report.state for e, report in reports.items()},
+        watch=watch,
     )
-    return after, Decision(snapshot=snapshot, endpoints=reports, changes=tuple(changes))
+    return after, Decision(
+        snapshot=snapshot, endpoints=reports, changes=tuple(changes), judgement=judgement
+    )
 
 
 def restrict(
