@@ -158,6 +158,14 @@ def test_a_pod_that_joins_later_is_not_there_before() -> None:
     assert [t.pod.index for t in tickets if t.pod] in ([0, 0, 0, 1, 0], [0, 0, 0, 0, 1])
 
 
+def test_what_is_repeated_keeps_its_period() -> None:
+    fleet = Fleet([1.0], router=RoundRobin(), spec=TEN_MS)
+    seen: list[float] = []
+    fleet.every(0.3, lambda: seen.append(fleet.now_s), start_s=0.1)
+    fleet.run(OpenLoop([Request(1.2, 10, 1)]))
+    assert seen == pytest.approx([0.1, 0.4, 0.7, 1.0])
+
+
 def test_a_slowed_pod_recovers() -> None:
     fleet = Fleet([2.0], router=RoundRobin(), spec=TEN_MS)
     fleet.at(1.0, lambda: fleet.set_pace(fleet.pods[0], 0.5))

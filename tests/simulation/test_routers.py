@@ -84,6 +84,13 @@ def test_publishing_often_restarts_the_schedule_and_distorts_it() -> None:
     assert counts[3] == 0
 
 
+def test_a_new_schedule_starts_at_its_offset() -> None:
+    """The heavier of two comes first in the schedule; an odd offset skips it."""
+    fleet = Fleet([1.0] * 2, router=Weighing(_rng(), [3, 2]), spec=INSTANT)
+    [ticket] = fleet.run(OpenLoop([Request(0.0, 10, 1)]))
+    assert ticket.pod is fleet.pods[1]
+
+
 def test_equal_weights_take_the_emptier_of_two_random_pods() -> None:
     """Alone, a busy pod is chosen only if both draws name it: a quarter of the time."""
     fleet = Fleet([1.0, 1.0], router=LeastRequest(_rng()), spec=TEN_MS)
@@ -118,8 +125,9 @@ def test_tokens_in_flight_decide_and_are_returned_at_the_end() -> None:
     tickets = fleet.run(OpenLoop(requests))
     assert tickets[0].pod is not None
     assert _counts(tickets)[tickets[0].pod.index] == 1
-    even = _one_by_one(TokenCount(_rng()), pods=2, count=200)
-    assert even[0] == pytest.approx(100, abs=30)
+    fleet = Fleet([1.0] * 2, router=TokenCount(_rng()), spec=TEN_MS)
+    long, *later = fleet.run(OpenLoop([Request(0.0, 9000, 1), *[Request(1.0, 10, 1)] * 100]))
+    assert sum(ticket.pod is long.pod for ticket in later) == 50
 
 
 def test_the_scorer_prefers_the_shorter_queue_until_the_next_scrape() -> None:
