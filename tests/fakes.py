@@ -6,10 +6,14 @@ Each passes the contract of its real twin: see adapters/test_ports.py.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from trimtab.core.model import Failure, FailureKind, Observation, Reading, Sample
+from trimtab.ports import AbsentError, ClusterError, ConflictError, LeaseRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -44,6 +48,38 @@ class FakeClock:
             self._planned.remove(plan)
             plan[1]()
         await asyncio.sleep(0)
+
+
+class Timeline:
+    """One simulated time for several who wait for it; it passes in `run_until` only."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    async def sleep_until_s(self, then_s: float) -> None:
+        future = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (then_s, next(self._numbers), future))
+        await future
+
+    async def run_until(self, end_s: float) -> None:
+        """Let time pass, and everybody act in its order. Fakes answer within a few turns."""
+        await self._settle()
+        while self._waiting and self._waiting[0][0] <= end_s:
+            then_s, _, future = heapq.heappop(self._waiting)
+            self.time_s = max(self.time_s, then_s)
+            if not future.done():
+                future.set_result(None)
+                await self._settle()
+        self.time_s = max(self.time_s, end_s)
+
+    async def _settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
 
 
 class FakeScraper:
@@ -106,3 +142,62 @@ class FakeWitness:
     def ticked(self, pool: str, *, took_s: float, skipped: int) -> None:
         del pool
         self.ticks.append((took_s, skipped))
+
+
+class FakeLeases:
+    """A Lease as the API server keeps it: whoever writes must know the last version."""
+
+    def __init__(self) -> None:
+        self.record: LeaseRecord | None = None
+        self.writes: list[LeaseRecord] = []
+        self.troubles: list[ClusterError] = []
+
+    async def read_lease(self) -> LeaseRecord:
+        self._raise()
+        if self.record is None:
+            raise AbsentError("not there")
+        return self.record
+
+    async def write_lease(self, record: LeaseRecord) -> LeaseRecord:
+        self._raise()
+        if record.version != (self.record.version if self.record else ""):
+            raise ConflictError("another was faster")
+        self.writes.append(record)
+        self.record = replace(record, version=str(len(self.writes)), acquired="then")
+        return self.record
+
+    def _raise(self) -> None:
+        if self.troubles:
+            raise self.troubles.pop(0)
+
+
+class FakeRecorder:
+    """Keeps statuses and events as the API server would; raises what it is told to, once each."""
+
+    def __init__(self) -> None:
+        self.statuses: list[tuple[str, Mapping[str, Any]]] = []
+        self.events: list[tuple[str, str, bool]] = []
+        self.troubles: list[ClusterError | None] = []
+        self.answer: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]] = _an_object
+
+    async def apply_status(
+        self, namespace: str, name: str, status: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        self._raise()
+        self.statuses.append((f"{namespace}/{name}", status))
+        return self.answer(namespace, name, status)
+
+    async def post_event(
+        self, regarding: Mapping[str, str], *, reason: str, note: str, warning: bool
+    ) -> None:
+        del note
+        self._raise()
+        self.events.append((f"{regarding['namespace']}/{regarding['name']}", reason, warning))
+
+    def _raise(self) -> None:
+        if self.troubles and (trouble := self.troubles.pop(0)):
+            raise trouble
+
+
+def _an_object(namespace: str, name: str, status: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"metadata": {"namespace": namespace, "name": name}, "status": status}

@@ -62,8 +62,9 @@ class Pool:
     generation: int
     created: str
     spec: InferencePoolSpec | None
-    """None when it cannot be understood; `complaint` says why."""
+    """The last that could be understood, if any ever could."""
     complaint: str = ""
+    """Why the present one cannot; empty if it can."""
     status: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,6 @@ class Served:
 
     pool: Pool
     spec: InferencePoolSpec
-    """The last that could be understood."""
     endpoints: frozenset[Endpoint] = frozenset()
     """Who takes new work, and who only finishes what he has."""
     draining: frozenset[Endpoint] = frozenset()
@@ -132,9 +132,9 @@ class Registry:
         pools = self.pools() if self._doubtful else {}
         for key in self._doubtful:
             newest = pools.get(key)
-            before = self._served.pop(key, None)
-            if newest is not None and (now := self._judge(newest, before)) is not None:
-                self._served[key] = now
+            self._served.pop(key, None)
+            if newest is not None and newest.spec is not None:
+                self._served[key] = self._judge(newest, newest.spec)
         self._doubtful.clear()
         return self._served
 
@@ -160,6 +160,8 @@ class Registry:
             if before is not None:
                 self._drop(before)
         elif isinstance(known, Pool):
+            if known.spec is None and isinstance(before, Pool):
+                known = replace(known, spec=before.spec)
             self._pools[known.uid] = known
             self._doubtful.add(known.key)
         else:
@@ -182,10 +184,7 @@ class Registry:
             if any(pod and selects(served, pod) for pod in (before, after)):
                 self._doubtful.add(key)
 
-    def _judge(self, pool: Pool, before: Served | None) -> Served | None:
-        spec = pool.spec or (before.spec if before and before.pool.uid == pool.uid else None)
-        if spec is None:
-            return None
+    def _judge(self, pool: Pool, spec: InferencePoolSpec) -> Served:
         served = Served(pool=pool, spec=spec)
         there = self._pods.get(pool.namespace, {}).values()
         pods = sorted((pod for pod in there if selects(served, pod)), key=lambda pod: pod.name)

@@ -23,7 +23,7 @@ from trimtab.core.model import (
     Sample,
     Snapshot,
 )
-from trimtab.core.step import State, step
+from trimtab.core.step import State, restrict, step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -360,3 +360,73 @@ def test_more_waiting_never_earns_more_weight(pages: list[Sample], more: float) 
     outcomes = dict(zip(pool, [*pages, longer], strict=True))
     _, decision = _tick(State(), outcomes, at_s=0)
     assert decision.snapshot.weights[pool[-1]] <= decision.snapshot.weights[pool[0]]
+
+
+# Who is asked to leave
+
+
+def _draining(
+    state: State, outcomes: Mapping[Endpoint, Sample | Failure], leaving: set[Endpoint], at_s: float
+) -> tuple[State, Decision]:
+    seen = replace(observe(outcomes, at_s=at_s), draining=frozenset(leaving))
+    return step(state, seen, POLICY, now_s=at_s)
+
+
+def test_who_is_asked_to_leave_gets_no_new_work_and_is_still_watched() -> None:
+    state, _ = _healthy(5)
+    pages = {e: _page(6, waiting=9 if e == D else 0) for e in POOL}
+    _, decision = _draining(state, pages, {D}, at_s=6)
+    assert decision.snapshot.weights.keys() == {A, B, C}
+    assert decision.snapshot.draining == {D}
+    report = decision.endpoints[D]
+    assert (report.state, report.weight, report.waiting) == (EndpointState.DRAINING, 0, 9)
+    assert report.backlog_tokens > 10 * decision.endpoints[A].backlog_tokens
+    assert "asked to leave" in decision.changes[0]
+
+
+def test_the_backlog_of_who_leaves_does_not_move_the_others_weights() -> None:
+    state, _ = _healthy(5)
+    calm, busy = (
+        _draining(state, {e: _page(6, waiting=w if e == D else 0) for e in POOL}, {D}, at_s=6)[1]
+        for w in (0, 500)
+    )
+    assert calm.snapshot.weights == busy.snapshot.weights
+
+
+def test_who_leaves_and_listens_no_more_does_not_make_the_others_unreachable() -> None:
+    state, _ = _healthy(5)
+    outcomes: dict[Endpoint, Sample | Failure] = {**dict.fromkeys(POOL, REFUSED), B: _page(6)}
+    _, decision = _draining(state, outcomes, {C, D}, at_s=6)
+    assert decision.snapshot.unreachable == {A}
+    _, decision = _draining(state, {A: REFUSED, D: _page(6)}, {D}, at_s=6)
+    assert decision.snapshot.unreachable == set()
+
+
+def test_a_pool_of_which_all_leave_serves_nobody_new() -> None:
+    state, _ = _healthy(5)
+    _, decision = _draining(state, {e: _page(6) for e in POOL}, set(POOL), at_s=6)
+    assert decision.snapshot == Snapshot({}, draining=frozenset(POOL))
+
+
+def test_who_left_is_taken_out_between_two_ticks() -> None:
+    state, decision = _healthy(5)
+    after = restrict(state, {A, B}, {C}).snapshot
+    assert after.weights == {e: decision.snapshot.weights[e] for e in (A, B)}
+    assert after.draining == {C}
+    again = restrict(restrict(state, {A, B}, {C}), {A}, set()).snapshot
+    assert set(again.weights) == {A}
+    assert again.draining == frozenset()
+
+
+def test_who_is_new_waits_for_the_next_tick() -> None:
+    state, _ = _healthy(5)
+    new = Endpoint("new", "10.0.0.9", 8000)
+    assert restrict(state, {*POOL, new}, set()) is state
+    assert restrict(State(), POOL, {new}) == State()
+
+
+def test_an_unreachable_endpoint_that_left_is_not_kept() -> None:
+    state, _ = _healthy(5)
+    state, decision = _tick(state, {**{e: _page(6) for e in POOL}, D: REFUSED}, at_s=6)
+    assert decision.snapshot.unreachable == {D}
+    assert restrict(state, {A, B, C}, set()).snapshot.unreachable == set()

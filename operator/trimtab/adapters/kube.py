@@ -59,8 +59,8 @@ class KubeApi:
         """
         settings = Configuration()
         try:
-            if has_kubeconfig():
-                await config.load_kube_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # untyped
+            if files := kubeconfig():
+                await config.load_kube_config(files, client_configuration=settings)  # type: ignore[no-untyped-call]  # untyped
             else:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # untyped
         except (config.ConfigException, OSError) as error:
@@ -149,9 +149,10 @@ class KubeApi:
         return _record(await _answer(call))
 
 
-def has_kubeconfig() -> bool:
-    """Whether this is not to log in as a pod."""
-    return bool(os.environ.get("KUBECONFIG")) or Path("~/.kube/config").expanduser().exists()
+def kubeconfig() -> str:
+    """Return where kubectl would look; empty where there is nothing, as in a pod."""
+    home = Path("~/.kube/config").expanduser()
+    return os.environ.get("KUBECONFIG") or (str(home) if home.exists() else "")
 
 
 def own_namespace() -> str:
@@ -196,12 +197,15 @@ def _message(body: str | None) -> str:
 
 def _record(lease: Mapping[str, Any]) -> LeaseRecord:
     spec = lease.get("spec") or {}
+    version = (lease.get("metadata") or {}).get("resourceVersion")
+    if not version:
+        raise ClusterError("the API server answered with something that is no Lease")
     return LeaseRecord(
         holder=spec.get("holderIdentity") or "",
         duration_s=spec.get("leaseDurationSeconds") or 0,
         transitions=spec.get("leaseTransitions") or 0,
         acquired=spec.get("acquireTime") or "",
-        version=lease["metadata"]["resourceVersion"],
+        version=version,
     )
 
 

@@ -33,7 +33,7 @@ STALE_S = 300.0  # two renewals and the 70 s after which Kopf gives up a silent 
 START_S = 30.0  # no list so long after the start: the resource definition may have come since
 ANSWER_S = 30.0  # a list of 10,000 pods from a busy server
 CONNECT_S = 5.0
-RETRY_S = 2.0
+RETRY_S = 1.0
 LEAVE_S = 5.0
 _BACKOFFS_S = (0.5, 1.0, 2.0)  # and the last for ever: the API server may be away for hours
 
@@ -112,7 +112,6 @@ class Watch:
         while not self._leaving.is_set():
             try:
                 asyncio.run(self._watch())
-                self._complain("watch", "it has ended")
             except Exception as error:  # noqa: BLE001  # a thread's top: told, and made anew
                 self._complain("watch", repr(error))
             self._leaving.wait(RETRY_S)
@@ -139,6 +138,8 @@ class Watch:
             )
         finally:
             guard.cancel()
+        if not stop.is_set():
+            raise RuntimeError("Kopf has ended")
 
     async def _guard(self, stop: asyncio.Event) -> None:
         """Have Kopf end when it is asked to, or when it stands still."""
