@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -44,12 +43,26 @@ class Pick:
     endpoint: Endpoint
     ttft_s: float
     """Predicted."""
-    costs_s: tuple[tuple[Endpoint, float], ...]
-    """Of all candidates: predicted TTFT, less what prefix hits save others."""
+    candidates: tuple[Account, ...]
+    cost_tokens: list[float]
+    """Of each candidate, as they were then; spelt out when somebody asks, not for every pick."""
+    tokens_per_s: float
+
+    @property
+    def costs_s(self) -> tuple[tuple[Endpoint, float], ...]:
+        """Of all candidates: predicted TTFT, less what prefix hits save others."""
+        return tuple(
+            (account.endpoint, cost / self.tokens_per_s)
+            for account, cost in zip(self.candidates, self.cost_tokens, strict=True)
+        )
 
     def best(self, count: int) -> list[tuple[Endpoint, float]]:
         """Give the `count` cheapest candidates: to explain the choice, or to retry in order."""
-        return heapq.nsmallest(count, self.costs_s, key=itemgetter(1))
+        costs = self.cost_tokens
+        return [
+            (self.candidates[at].endpoint, costs[at] / self.tokens_per_s)
+            for at in heapq.nsmallest(count, range(len(costs)), key=costs.__getitem__)
+        ]
 
 
 def pick(
@@ -104,13 +117,12 @@ def pick(
         least += _wait_tokens(chosen, tokens, residual_tokens)
     ledger.flow(now_s)
     ledger.add(request, chosen.endpoint, tokens=max(1.0, tokens - hit), at_s=now_s, now_s=now_s)
-    rate = ledger.tokens_per_s
     return Pick(
         endpoint=chosen.endpoint,
-        ttft_s=least / rate,
-        costs_s=tuple(
-            (account.endpoint, cost / rate) for account, cost in zip(accounts, costs, strict=True)
-        ),
+        ttft_s=least / ledger.tokens_per_s,
+        candidates=accounts,
+        cost_tokens=costs,
+        tokens_per_s=ledger.tokens_per_s,
     )
 
 
