@@ -5,7 +5,7 @@ It serves all nodes, and the pods whose image is IMAGE; their arguments are thos
 starts the engines on the pod's own address and tells by annotation whether they are healthy; kwok
 makes status of that (kwok.yaml). A deleted pod lives as a real one does: it serves on during
 `preStop.sleep`, then takes no new connection (SIGTERM), lets streams finish, and is gone when they
-have, or when the grace period is over.
+have; when the grace period is over kwok deletes it and what still runs is cut (SIGKILL).
 
 Everything is level-triggered: after an outage of the API server it lists again, and goes on.
 Run as `python -m cluster.kubelet KUBECONFIG`. The annotation SWITCHES changes a running engine as
@@ -19,7 +19,7 @@ import json
 import logging
 import ssl
 import sys
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,6 @@ class Pod:
     switches: str = "{}"
     engines: tuple[EngineServer, ...] = ()
     told_to_end: asyncio.Event = field(default_factory=asyncio.Event)
-    grace_s: float = 0.0
     pre_stop_s: float = 0.0
     life: asyncio.Task[None] | None = None
 
@@ -147,7 +146,6 @@ class Kubelet:
             pod.switches = switches
             self._parent.create_task(_switch(pod))
         if "deletionTimestamp" in metadata:
-            pod.grace_s = metadata["deletionGracePeriodSeconds"]
             pod.told_to_end.set()
 
     def _forget(self, uid: str) -> None:
@@ -166,10 +164,8 @@ class Kubelet:
                     await asyncio.sleep(RETRY_S)
             await _switch(pod)
             await pod.told_to_end.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pod.grace_s):
-                    await asyncio.sleep(pod.pre_stop_s)
-                    await asyncio.gather(*map(_drain, pod.engines))
+            await asyncio.sleep(pod.pre_stop_s)
+            await asyncio.gather(*map(_drain, pod.engines))
         await self._remove(pod)
 
     async def _report(self, pod: Pod) -> None:

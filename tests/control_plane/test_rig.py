@@ -62,6 +62,10 @@ def deploy(cluster: Cluster, namespace: str, replicas: int, **options: Any) -> l
     return cluster.pods(namespace, "web")
 
 
+def names(cluster: Cluster, namespace: str) -> set[str]:
+    return {pod.name for pod in cluster.pods(namespace, "web")}
+
+
 def test_the_control_plane_is_of_the_version_that_the_tools_pin(plane: ControlPlane) -> None:
     assert plane.api.get("/version")["gitVersion"].startswith("v1.37.")
     assert set(plane.usage()) >= {"etcd", "kube-apiserver"}
@@ -115,7 +119,7 @@ def test_what_a_killed_test_run_started_ends_with_it(tmp_path: Path) -> None:
     ) as starter:
         assert starter.stdout is not None
         pid = int(starter.stdout.readline())
-        os.kill(pid, 0)
+        until(lambda: Path("/proc", str(pid), "comm").read_text() == "sleep\n", "its start")
         starter.send_signal(signal.SIGKILL)
 
     until(lambda: _ended(pid), "the end of what it had started")
@@ -175,10 +179,12 @@ def test_a_cluster_ip_spreads_connections_over_the_pods(
     address = service["spec"]["clusterIP"]
 
     until(lambda: answers(address, 80), "an answer by ClusterIP")  # kube-proxy follows with a lag
-    for _ in range(60):
-        ask(address, 80)
 
-    assert all(served(pod) for pod in pods)
+    def spread() -> bool:
+        ask(address, 80)
+        return all(served(pod) for pod in pods)
+
+    until(spread, "a request at each pod")
 
 
 def served(pod: Pod) -> int:
@@ -254,7 +260,7 @@ def test_a_deleted_pod_serves_on_then_drains_then_goes(cluster: Cluster, namespa
         assert cluster.plane.api.get(path)["metadata"]["deletionTimestamp"]
         assert stream.read().endswith(b"data: [DONE]\n\n")
 
-    until(lambda: pod not in cluster.pods(namespace, "web"), "its end")
+    until(lambda: pod.name not in names(cluster, namespace), "its end")
 
 
 def test_a_stream_longer_than_the_grace_period_is_cut(cluster: Cluster, namespace: str) -> None:
