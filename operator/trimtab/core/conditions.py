@@ -30,7 +30,8 @@ MAX_TEXT = 1024
 QUIET_S = 30.0  # between two writes that tell of no flip: status is not a metric
 DIGITS = 2  # of backlog and drain time: more would differ at every look
 S, MIN = 1000, 60_000  # in milliseconds
-_WHOLE = 2**53  # beyond it JSON readers round
+_MOST = 2**53  # beyond it JSON readers round
+_MOST_INT32 = 2**31 - 1
 
 _FRESH = frozenset({EndpointState.SERVING, EndpointState.SLOW})
 _TAKING = _FRESH | {EndpointState.STALE}
@@ -371,16 +372,16 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _finite(number: float) -> float:
-    return min(max(number, 0.0), float(_WHOLE)) if number == number else 0.0  # noqa: PLR0124  # not NaN
+    return min(max(number, 0.0), float(_MOST)) if number == number else 0.0  # noqa: PLR0124  # not NaN
 
 
-def _whole(number: float) -> int:
-    return round(_finite(number))
+def _whole(number: float, *, most: int = _MOST_INT32) -> int:
+    return min(round(_finite(number)), most)
 
 
 def _rounded(number: float) -> int:
     """To DIGITS significant ones."""
-    whole = _whole(number)
+    whole = _whole(number, most=_MOST)
     return int(round(whole, DIGITS - len(str(whole)))) if whole else 0
 
 
