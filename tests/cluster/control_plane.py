@@ -65,6 +65,7 @@ class ControlPlane:
         self.bin_dir = bin_dir
         self.directory = directory
         self.programs: dict[str, Program] = {}
+        self._parts: set[str] = set()
         self._tokens = {user: secrets.token_hex(16) for user in GROUPS}
         self._etcd_port, self._peer_port, port = _free_ports(3)
         self.url = f"https://127.0.0.1:{port}"
@@ -184,11 +185,16 @@ class ControlPlane:
         """Return what each running program has taken so far."""
         return {name: program.usage() for name, program in self.programs.items() if program.runs}
 
+    def start_part(self, name: str, *arguments: str) -> None:
+        """Start one of the programs in `bin_dir`; should it end by itself, waiting for others fails."""
+        self.run(name, self.bin_dir / name, *arguments)
+        self._parts.add(name)
+
     def run(self, name: str, *command: str | Path, **env: str) -> Program:
         """Start a program that ends with the control plane; its output goes to NAME.log."""
         log = self.directory / f"{name}.log"
-        self.programs[name] = Program(name, command, log=log, env=env)
-        return self.programs[name]
+        self.programs[name] = program = Program(name, command, log=log, env=env)
+        return program
 
     # The programs.
 
@@ -221,9 +227,8 @@ class ControlPlane:
 
     def _start_etcd(self) -> None:
         url = f"http://127.0.0.1:{self._etcd_port}"
-        self.run(
+        self.start_part(
             "etcd",
-            self.bin_dir / "etcd",
             f"--data-dir={self.directory / 'etcd'}",
             f"--listen-client-urls={url}",
             f"--advertise-client-urls={url}",
@@ -233,9 +238,8 @@ class ControlPlane:
         )
 
     def _start_apiserver(self) -> None:
-        self.run(
+        self.start_part(
             "kube-apiserver",
-            self.bin_dir / "kube-apiserver",
             f"--etcd-servers=http://127.0.0.1:{self._etcd_port}",
             f"--secure-port={self.url.rpartition(':')[2]}",
             "--bind-address=127.0.0.1",
@@ -255,9 +259,8 @@ class ControlPlane:
         )
 
     def _start_controllers(self) -> None:
-        self.run(
+        self.start_part(
             "kube-controller-manager",
-            self.bin_dir / "kube-controller-manager",
             f"--kubeconfig={self.kubeconfig_of(CONTROLLERS)}",
             "--secure-port=0",
             "--leader-elect=false",
@@ -284,9 +287,8 @@ class ControlPlane:
             "extenders": list(extenders),
         }
         config.write_text(json.dumps(what))
-        self.run(
+        self.start_part(
             "kube-scheduler",
-            self.bin_dir / "kube-scheduler",
             f"--config={config}",
             "--secure-port=0",
         )
@@ -297,8 +299,8 @@ class ControlPlane:
 
     def _until_answers(self, path: str) -> None:
         def answers() -> bool:
-            for program in self.programs.values():
-                program.raise_if_ended()
+            for name in self._parts:
+                self.programs[name].raise_if_ended()
             try:
                 self.api.get(path)
             except (ApiError, OSError):

@@ -55,9 +55,8 @@ class Cluster:
         Call `network.enter()` before the control plane starts.
         """
         cluster = cls(plane)
-        plane.run(
+        plane.start_part(
             "kwok",
-            plane.bin_dir / "kwok",
             f"--kubeconfig={plane.kubeconfig_of('kwok')}",
             f"--config={HERE / 'kwok.yaml'}",
             "--manage-all-nodes=true",
@@ -125,7 +124,7 @@ class Cluster:
             "conntrack": {"maxPerCore": 0},  # a kernel setting that is not ours
         }
         config.write_text(json.dumps(what))
-        plane.run("kube-proxy", plane.bin_dir / "kube-proxy", f"--config={config}")
+        plane.start_part("kube-proxy", f"--config={config}")
 
 
 def engines(

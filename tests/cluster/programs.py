@@ -1,7 +1,7 @@
 """Processes that end when we do, even when we are SIGKILLed: setpriv ties their lives to ours.
 
-The kernel sends the signal when the *thread* that started a process ends, so start them from the
-main thread (fixtures run there).
+The kernel sends that signal when the *thread* that started a process ends, so one thread starts them
+all, and lives as long as we do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,9 @@ POLL_S = 0.02
 # setpriv comes too late if the parent has died before; the shell looks once more.
 _IF_PARENT_LIVES = 'test "$PPID" = "$0" && exec "$@"'
 LOG_TAIL_CHARS = 3000  # enough for a Go program's last words
+
+
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter of programs")
 
 
 class EndedError(Exception):
@@ -48,16 +52,7 @@ class Program:
     ) -> None:
         self.name = name
         self._log = log
-        guard = (system_program("setpriv"), "--pdeathsig", "KILL", "--")
-        with log.open("a") as output:
-            self._process = subprocess.Popen(
-                [*guard, "sh", "-c", _IF_PARENT_LIVES, str(os.getpid()), *command],
-                env={**os.environ, "PATH": SEARCH_PATH, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the tests; they end it when its turn comes
-            )
+        self._process = _starter.submit(_start, command, log, env).result()
 
     @property
     def pid(self) -> int:
@@ -92,6 +87,21 @@ class Program:
         return Usage(
             cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
             rss_mib=pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        )
+
+
+def _start(
+    command: Sequence[str | Path], log: Path, env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    guard = (system_program("setpriv"), "--pdeathsig", "KILL", "--")
+    with log.open("a") as output:
+        return subprocess.Popen(
+            [*guard, "sh", "-c", _IF_PARENT_LIVES, str(os.getpid()), *command],
+            env={**os.environ, "PATH": SEARCH_PATH, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the tests; they end it when its turn comes
         )
 
 

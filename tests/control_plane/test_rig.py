@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from cluster.api import ApiError
 from cluster.fake_nodes import ZONES, engines
-from cluster.programs import until
+from cluster.programs import Program, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,10 +120,29 @@ def test_what_a_killed_test_run_started_ends_with_it(tmp_path: Path) -> None:
     ) as starter:
         assert starter.stdout is not None
         pid = int(starter.stdout.readline())
-        until(lambda: Path("/proc", str(pid), "comm").read_text() == "sleep\n", "its start")
+        until(lambda: _comm(pid) == "sleep", "its start")
         starter.send_signal(signal.SIGKILL)
 
     until(lambda: _ended(pid), "the end of what it had started")
+
+
+def test_a_program_outlives_the_thread_that_asked_for_it(tmp_path: Path) -> None:
+    started: list[Program] = []
+
+    def start() -> None:
+        started.append(Program("sleep", ["sleep", "1000"], log=tmp_path / "log", env={}))
+        until(lambda: _comm(started[0].pid) == "sleep", "its start")
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+
+    assert started[0].runs
+    started[0].kill()
+
+
+def _comm(pid: int) -> str:
+    return Path("/proc", str(pid), "comm").read_text().strip()
 
 
 def _ended(pid: int) -> bool:
