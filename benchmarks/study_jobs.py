@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trimtab.core import backlog
 from trimtab.core.ledger import EngineModel
-from trimtab.core.model import Policy
-from trimtab.core.verdict import Verdict, Watch, judge
+from trimtab.core.verdict import Verdict
 from trimtab.engine_sim.model import A100
 from trimtab.sim.brain import SHIPPED, Picker, Weighted
 from trimtab.sim.omniscient import predicted_ttft_s
@@ -192,15 +191,13 @@ class Judged:
             router = Picker(rng, signals=self.scenario.signals)
         else:
             router = Observed(rng, Skewed(rng) if self.policy == "skewed" else RoundRobin())
-        policy = Policy()
-        watch = Watch()
         counts: Counter[str] = Counter()
         found: dict[str, float] = {}
 
         def look(fleet: Fleet) -> None:
-            nonlocal watch
-            serving = [pod.endpoint for pod in fleet.ready]
-            watch, judgement = judge(watch, router.state.memory, serving, policy)
+            judgement = router.decision.judgement if router.decision else None
+            if judgement is None:
+                return
             after_s = fleet.now_s - self.fault_s
             slow = {e.pod for e in judgement.evidence.slow}
             if judgement.verdict is not Verdict.SLOW_ENDPOINT:
