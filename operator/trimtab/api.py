@@ -26,7 +26,9 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, core_schema
 
+from trimtab.core.conditions import MAX_ENDPOINTS
 from trimtab.core.model import EndpointState, Policy
+from trimtab.core.verdict import Verdict  # noqa: TC001  # pydantic reads annotations at run time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -296,7 +298,7 @@ class PoolSpec(Schema):
         )
 
 
-class Operator(StrEnum):
+class Comparison(StrEnum):
     """How a label is compared."""
 
     IN = "In"
@@ -311,14 +313,14 @@ class Expression(Schema):
     RULES = (
         Rule(
             "(self.operator in ['In', 'NotIn']) == (size(self.values) > 0)",
-            lambda it: (it.operator in {Operator.IN, Operator.NOT_IN}) == bool(it.values),
+            lambda it: (it.operator in {Comparison.IN, Comparison.NOT_IN}) == bool(it.values),
             "must be given for In and NotIn, and only for them",
             "values",
         ),
     )
 
     key: LabelKey = Field(description="Name of the label.")
-    operator: Operator = Field(
+    operator: Comparison = Field(
         description="In, NotIn: the value is one of `values`, or none of them (a pod without the "
         "label is in none). Exists, DoesNotExist: whether the pod has the label."
     )
@@ -328,13 +330,13 @@ class Expression(Schema):
 
     def holds(self, labels: Mapping[str, str]) -> bool:
         match self.operator:
-            case Operator.IN:
+            case Comparison.IN:
                 return labels.get(self.key) in self.values
-            case Operator.NOT_IN:
+            case Comparison.NOT_IN:
                 return labels.get(self.key) not in self.values
-            case Operator.EXISTS:
+            case Comparison.EXISTS:
                 return self.key in labels
-            case Operator.DOES_NOT_EXIST:
+            case Comparison.DOES_NOT_EXIST:
                 return self.key not in labels
 
 
@@ -396,8 +398,6 @@ class InferencePoolSpec(PoolSpec):
 
 # What Trimtab answers. core/conditions.py writes it.
 
-MAX_ENDPOINTS_TOLD = 256  # some 70 KB: an object above 1.5 MB is refused, and all watchers pay
-
 
 class ConditionStatus(StrEnum):
     TRUE = "True"
@@ -422,15 +422,6 @@ class Condition(Schema):
     message: Text = Field(description="Why, in a sentence for people.")
 
 
-class VerdictName(StrEnum):
-    BALANCED = "Balanced"
-    IMBALANCED = "Imbalanced"
-    SLOW_ENDPOINT = "SlowEndpoint"
-    SATURATED = "Saturated"
-    OVERSIZED = "Oversized"
-    UNKNOWN = "Unknown"
-
-
 class Evidence(Schema):
     """The numbers that the verdict rests on."""
 
@@ -449,7 +440,7 @@ class Evidence(Schema):
 class PoolVerdict(Schema):
     """What is wrong with the pool, if anything."""
 
-    name: VerdictName = Field(
+    name: Verdict = Field(
         description="Balanced, Imbalanced, SlowEndpoint, Saturated, Oversized, or Unknown while "
         "there is not enough fresh data."
     )
@@ -476,9 +467,6 @@ class PoolEndpoint(Schema):
     address: ShortText = Field(description="IP address.")
     port: Port = Field(description="Port.")
     node: ShortText | None = Field(default=None, description="Node on which the pod runs.")
-    engine: Engine | None = Field(
-        default=None, description="The model server that its metrics page shows."
-    )
     weight_percent: Count = Field(
         description="Its share of new work, in percent of a fair share; 0 where it gets none."
     )
@@ -517,13 +505,13 @@ class InferencePoolStatus(Schema):
     endpoints: (
         Annotated[
             tuple[PoolEndpoint, ...],
-            Field(max_length=MAX_ENDPOINTS_TOLD),
+            Field(max_length=MAX_ENDPOINTS),
             Keyed(("address", "port")),
         ]
         | None
     ) = Field(
         default=None,
-        description=f"The endpoints; of more than {MAX_ENDPOINTS_TOLD}, first those that are not "
+        description=f"The endpoints; of more than {MAX_ENDPOINTS}, first those that are not "
         "Serving.",
     )
 

@@ -28,6 +28,7 @@ from trimtab.core.conditions import (
     worth_writing,
 )
 from trimtab.core.model import Decision, Endpoint, EndpointReport, EndpointState, Snapshot
+from trimtab.core.verdict import Evidence, Judgement, Verdict
 
 T0_S = 1_700_000_000.0
 SERVING = EndpointReport(
@@ -166,8 +167,41 @@ def test_a_long_message_of_many_lines_becomes_a_short_one_of_one() -> None:
 
 
 def test_balanced_is_unknown_until_the_pool_is_judged() -> None:
-    assert said(decision(SERVING), PUBLISHED, Type.BALANCED)[:2] == ("Unknown", "NotJudged")
+    assert said(decision(SERVING), PUBLISHED, Type.BALANCED)[:2] == ("Unknown", "Unknown")
     assert "verdict" not in status(decision(SERVING), PUBLISHED, {}, wall_s=T0_S)
+
+
+def judged(verdict: Verdict, **evidence: Any) -> Decision:
+    judgement = Judgement(verdict=verdict, evidence=Evidence(**evidence), sentence="so it is")
+    return replace(decision(SERVING), judgement=judgement)
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_balanced_has_the_verdict_for_its_reason(verdict: Verdict) -> None:
+    state, reason, message = said(judged(verdict), PUBLISHED, Type.BALANCED)
+    assert (reason, message) == (verdict, "so it is")
+    assert state == STATUS[Type.BALANCED][Reason(verdict)]
+
+
+def test_the_verdict_tells_its_evidence_and_since_when_it_holds() -> None:
+    what = judged(
+        Verdict.IMBALANCED, heard=2, least_queue_s=0.0, most_queue_s=1.234, load_ratio=0.567
+    )
+    told = status(what, PUBLISHED, {}, wall_s=T0_S)
+    assert told["verdict"] == {
+        "name": "Imbalanced",
+        "since": "2023-11-14T22:13:20Z",
+        "evidence": {
+            "heardEndpoints": 2,
+            "leastQueueMilliseconds": 0,
+            "mostQueueMilliseconds": 1200,
+            "loadPercent": 57,
+        },
+        "message": "so it is",
+    }
+    assert status(what, PUBLISHED, told, wall_s=T0_S + 9)["verdict"] == told["verdict"]
+    other = status(judged(Verdict.BALANCED), PUBLISHED, told, wall_s=T0_S + 9)
+    assert other["verdict"]["since"] == "2023-11-14T22:13:29Z"
 
 
 def test_every_reason_is_of_one_condition_and_documented_with_its_status() -> None:
@@ -305,8 +339,17 @@ endpoints = st.builds(
     st.sampled_from(["10.0.0.1", "10.0.0.2", "::1"]),
     st.integers(1, 3),
 )
-decisions = st.dictionaries(endpoints, reports, max_size=6).map(
-    lambda told: Decision(snapshot=Snapshot(MappingProxyType({})), endpoints=told)
+judgements = st.builds(
+    Judgement,
+    verdict=st.sampled_from(Verdict),
+    evidence=st.builds(Evidence, heard=st.integers(0, 9), most_queue_s=numbers, load_ratio=numbers),
+    sentence=st.text(max_size=20),
+)
+decisions = st.builds(
+    Decision,
+    snapshot=st.just(Snapshot(MappingProxyType({}))),
+    endpoints=st.dictionaries(endpoints, reports, max_size=6),
+    judgement=st.none() | judgements,
 )
 facts = st.builds(
     Facts,

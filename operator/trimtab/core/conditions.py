@@ -70,7 +70,6 @@ class Reason(StrEnum):
     SLOW_ENDPOINT = "SlowEndpoint"
     SATURATED = "Saturated"
     UNKNOWN = "Unknown"
-    NOT_JUDGED = "NotJudged"
 
 
 STATUS = {
@@ -102,7 +101,6 @@ STATUS = {
         Reason.SLOW_ENDPOINT: "False",
         Reason.SATURATED: "False",
         Reason.UNKNOWN: "Unknown",
-        Reason.NOT_JUDGED: "Unknown",
     },
 }
 """A reason settles the status of its condition."""
@@ -130,7 +128,6 @@ class Facts:
     """Whether each of them has taken a snapshot of this pool, this one or one before."""
     refusal: str = ""
     """What an Envoy said when it refused what is offered now."""
-    judgement: Judgement | None = None
 
 
 _Said = tuple[Reason, str]
@@ -152,11 +149,12 @@ def status(
         wall_s: The time of day, in seconds since 1970.
     """
     reports = decision.endpoints if decision else {}
+    judgement = decision.judgement if decision else None
     said = {
         Type.READY: _ready(decision, facts),
         Type.METRICS_AVAILABLE: _metrics_available(reports),
         Type.PUBLISHED: _published(facts),
-        Type.BALANCED: _balanced(facts.judgement),
+        Type.BALANCED: _balanced(judgement),
     }
     before = _by_type(previous)
     told: dict[str, Any] = {
@@ -169,8 +167,8 @@ def status(
         "replicas": facts.pods,
         "endpoints": _endpoints(reports, facts.nodes),
     }
-    if facts.judgement is not None:
-        told["verdict"] = _verdict(facts.judgement, _map(previous, "verdict"), wall_s=wall_s)
+    if judgement is not None:
+        told["verdict"] = _verdict(judgement, _map(previous, "verdict"), wall_s=wall_s)
     return told
 
 
@@ -260,7 +258,7 @@ def _published(facts: Facts) -> _Said:
 
 def _balanced(judgement: Judgement | None) -> _Said:
     if judgement is None:
-        return Reason.NOT_JUDGED, "The pool has not been judged yet."
+        return Reason.UNKNOWN, "The pool has not been judged yet."
     return Reason(judgement.verdict), judgement.sentence
 
 
