@@ -133,6 +133,16 @@ def test_work_runs_down_until_the_pick() -> None:
     assert (first.endpoint, then.endpoint) == (B, A)
 
 
+def test_run_down_is_counted_from_the_last_look() -> None:
+    ledger = Ledger()
+    ledger.follow([A])
+    late = Reading(asked_s=5.0, answered_s=5.0, outcome=sample(waiting=2))
+    ledger.scrape(A, late)
+    made = pick(ledger, "r", tokens=100, now_s=5.0)
+    assert made is not None
+    assert made.ttft_s == pytest.approx(by_hand(sample(waiting=2), 100) / ledger.tokens_per_s)
+
+
 def test_a_cached_prefix_draws_until_the_queue_costs_more() -> None:
     hits = {B: 3000.0}
     near = pick(fleet(sample(), sample(waiting=5)), "r", tokens=4000, now_s=0, hit_tokens=hits)
@@ -140,6 +150,9 @@ def test_a_cached_prefix_draws_until_the_queue_costs_more() -> None:
     assert near is not None
     assert far is not None
     assert (near.endpoint, far.endpoint) == (B, A)
+    rate = Ledger().tokens_per_s
+    assert dict(near.costs_s)[A] == pytest.approx(by_hand(sample(), 4000) / rate)
+    assert dict(near.costs_s)[B] == pytest.approx(by_hand(sample(waiting=5), 4000, hit=3000) / rate)
 
 
 def test_a_hit_is_predicted_and_booked_once_though_it_weighs_double() -> None:
@@ -150,6 +163,20 @@ def test_a_hit_is_predicted_and_booked_once_though_it_weighs_double() -> None:
     estimate = ledger.estimate(A, now_s=0.0)
     assert estimate is not None
     assert estimate.prefill_tokens == 1000
+
+
+def test_a_hit_neither_helps_others_nor_makes_room() -> None:
+    """A prompt whose prefix is cached elsewhere costs all of it; here it waits for KV like any."""
+    full = sample(running=10, kv=0.95)
+    ledger = fleet(full, sample(waiting=500))
+    made = pick(ledger, "r", tokens=4000, now_s=0.0, hit_tokens={A: 3000.0})
+    assert made is not None
+    assert made.endpoint == A
+    rate = ledger.tokens_per_s
+    prefill = 1000 * (1 + (300 + 380_000 / 500 + 10 / 3) / (2048 - 10))
+    wait = 4000 / 380_000 * 100 * (300 + 380_000 / 500 + 10 / 3)
+    assert made.ttft_s == pytest.approx((prefill + wait) / rate)
+    assert dict(made.costs_s)[B] == pytest.approx(by_hand(sample(waiting=500), 4000) / rate)
 
 
 def test_a_prompt_cached_whole_costs_less_than_nothing_but_takes_no_negative_time() -> None:

@@ -213,6 +213,9 @@ def test_every_change_of_size_starts_the_stabilization_anew() -> None:
 def test_the_pod_with_the_least_work_leaves() -> None:
     endpoints = {pod: report(drain_s=i) for i, pod in zip((3, 1, 2), PODS, strict=False)}
     assert victim_of(endpoints) == "pod-1"
+    endpoints[PODS[1]] = report(drain_s=1, waiting=2)
+    endpoints[PODS[2]] = report(drain_s=1, waiting=1)
+    assert victim_of(endpoints) == "pod-2"
     endpoints[PODS[0]] = report(EndpointState.SLOW, drain_s=9)
     assert victim_of(endpoints) == "pod-0"
     endpoints[PODS[3]] = report(EndpointState.UNREACHABLE, drain_s=9)
@@ -257,8 +260,10 @@ def test_a_departure_goes_on_though_the_verdict_changes() -> None:
 
 def test_a_departure_is_called_off_when_requests_wait_everywhere() -> None:
     target, _ = leaving()
-    for pod in PODS[1:4]:
+    for pod in PODS[1:3]:
         target.endpoints[pod] = report(waiting=1)
+    assert target.tick(Verdict.OVERSIZED).reason is Reason.SURPLUS
+    target.endpoints[PODS[3]] = report(EndpointState.UNREACHABLE)
     assert target.tick(Verdict.OVERSIZED) == Proposal(replicas=4, reason=Reason.LOAD_RETURNED)
     target.endpoints = {pod: report() for pod in PODS[:4]}
     assert reasons(target.hold(Verdict.OVERSIZED, 299)) == [Reason.STABILIZING]
