@@ -231,9 +231,11 @@ def route_of(name: str, spec: PoolSpec, *, models: tuple[str, ...] = ()) -> Pool
     )
 
 
-def picker_process(*, control: Address, listen: Address, telemetry: Address) -> Child:
+def picker_process(
+    *, control: Address, listen: Address, telemetry: Address, log_level: str = "info"
+) -> Child:
     """Make the picker's process, which is yet to be started. Raises StartError: a port is taken."""
-    command = [sys.executable, "-m", "trimtab", "picker"]
+    command = [sys.executable, "-m", "trimtab", "picker", "--log-level", log_level]
     for name, address in (("listen", listen), ("telemetry", telemetry)):
         refuse_taken("the picker", *address)
         command += [f"--{name}", told(address)]

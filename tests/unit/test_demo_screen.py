@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,22 @@ from rich.console import Console
 from trimtab.core.model import Endpoint, EndpointReport, EndpointState
 from trimtab.demo.load import COMPLETE, Record
 from trimtab.demo.plot import PlotError, plot
-from trimtab.demo.screen import ALL_SENT, SideView, View, closing, frame, line, open_screen
+from trimtab.demo.screen import (
+    ALL_SENT,
+    BAR_CELLS,
+    SideView,
+    View,
+    closing,
+    frame,
+    line,
+    open_screen,
+)
 from trimtab.demo.summary import RigSummary, summarize
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FULL_BAR = "█" * 15
+FULL_BAR = "█" * BAR_CELLS
 
 
 def records(ttft_s: float, *, outcome: str = COMPLETE) -> list[Record]:
@@ -46,7 +56,11 @@ def side(title: str, drains_s: list[float], ttft_s: float) -> SideView:
 
 
 def view(elapsed_s: float) -> View:
-    sides = [side("least request", [8.0, 2.0], 2.0), side("Trimtab", [1.0, 0.0], 0.5)]
+    sides = [
+        side("least request", [8.0, 2.0], 2.0),
+        side("Trimtab weights", [1.0, 0.0], 0.5),
+        replace(side("Trimtab picker", [0.5, 0.0], 0.25), shares={}),
+    ]
     return View(elapsed_s=elapsed_s, total_s=75.0, warm_up_s=11.0, sides=sides)
 
 
@@ -60,14 +74,15 @@ def test_a_frame_fits_80_columns_and_cuts_no_name() -> None:
     text = rendered(frame(view(20.0)))
     assert "…" not in text
     assert "pod-02" in text
+    assert all(name in text for name in ("least", "request ", "weights", "picker"))
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_both_sides_are_drawn_to_one_scale() -> None:
+def test_all_sides_are_drawn_to_one_scale() -> None:
     text = rendered(frame(view(20.0)))
     first = next(each for each in text.splitlines() if "pod-01" in each)
     assert FULL_BAR in first
-    assert first.count("█") == 15 + 1  # an eighth of 15 cells, and a part of a cell
+    assert first.count("█") == BAR_CELLS + 1  # of the others, an eighth and a sixteenth
     assert "full bar: 8 s" in text
 
 
@@ -80,7 +95,8 @@ def test_a_frame_says_what_is_going_on() -> None:
 def test_a_line_says_the_same_in_short() -> None:
     assert line(view(20.4)) == (
         " 20 of 75 s | least request 2.00 s / 2.00 s, 2.0 … 8.0 s, 0 failed"
-        " | Trimtab 0.50 s / 0.50 s, 0.0 … 1.0 s, 0 failed"
+        " | Trimtab weights 0.50 s / 0.50 s, 0.0 … 1.0 s, 0 failed"
+        " | Trimtab picker 0.25 s / 0.25 s, 0.0 … 0.5 s, 0 failed"
     )
 
 
@@ -100,8 +116,10 @@ def test_the_closing_table_compares_and_tells_of_the_rig() -> None:
     rig = RigSummary(schedule_lag_p99_s=0.0042, cpu_ratio=0.137)
     closing(Console(file=out, width=80), view(80.0).sides, rig, cores=2)
     text = out.getvalue()
+    assert "short requests' TTFT p99" in text
+    assert max(map(len, text.splitlines())) <= 80
     p99 = next(each for each in text.splitlines() if each.strip().startswith("TTFT p99"))
-    assert p99.split() == ["TTFT", "p99", "2.00", "s", "0.50", "s", "0.25"]
+    assert p99.split() == ["TTFT", "p99", "2.00", "s", "0.50", "s", "0.25", "0.25", "s", "0.12"]
     assert "4.2 ms late at p99" in text
     assert "14% of 2 cores" in text
 
@@ -110,7 +128,7 @@ def test_the_closing_table_compares_and_tells_of_the_rig() -> None:
 def test_the_plot_is_written_in_the_form_its_name_asks_for(
     name: str, magic: bytes, tmp_path: Path
 ) -> None:
-    sides = [("round robin", records(2.0)), ("Trimtab", records(0.5))]
+    sides = [("a", records(2.0)), ("b", records(0.5)), ("c", records(0.2))]
     plot(tmp_path / name, sides, heading="conversation", counted_from_s=3.0)
     assert (tmp_path / name).read_bytes().startswith(magic)
 

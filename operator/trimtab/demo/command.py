@@ -118,8 +118,9 @@ def demo_command(
 ) -> None:
     """Compare Trimtab with Envoy's own balancing, on this machine.
 
-    Starts two equal fleets of simulated vLLM engines behind one real Envoy, sends the same
-    requests to both at the same moments, and shows what comes of it.
+    Starts three equal fleets of simulated vLLM engines behind one real Envoy, sends the same
+    requests to each at the same moments, and shows what comes of it: with Envoy's own policy, with
+    Trimtab's weights, and with Trimtab's picker.
     """
     console = Console()
     configure_logs("warning")  # on stderr: stdout is the screen's, and its last line may be JSON

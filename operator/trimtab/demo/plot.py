@@ -1,4 +1,4 @@
-"""TTFT over time, both policies in one picture.
+"""TTFT over time, all policies in one picture.
 
 matplotlib is an extra, so it is imported only here and only when there is something to draw.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from trimtab.demo.load import Record
 
-# Orange and blue of Okabe and Ito's palette: told apart by every kind of colour vision.
-COLORS = ("#E69F00", "#0072B2")
-MARKERS = ("o", "s")  # and by shape, where there is no colour at all
+# Orange, blue and green of Okabe and Ito's palette: told apart by every kind of colour vision.
+COLORS = ("#E69F00", "#0072B2", "#009E73")
+MARKERS = ("o", "s", "^")  # and by shape, where there is no colour at all
 FORMATS = (".svg", ".png")
 WINDOW_S = 5.0  # wide enough for a p90 to mean something
 
@@ -47,7 +47,7 @@ def plot(
         raise PlotError("no plot: matplotlib is missing (pip install 'trimtab[plot]')") from error
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for (title, records), color, marker in zip(sides, COLORS, MARKERS, strict=True):
+    for (title, records), color, marker in zip(sides, COLORS, MARKERS, strict=False):
         points = _served(records)
         dues_s, ttfts_s = [due_s for due_s, _ in points], [ttft_s for _, ttft_s in points]
         axes.scatter(dues_s, ttfts_s, s=7, marker=marker, color=color, alpha=0.3, linewidths=0)

@@ -1,8 +1,9 @@
-"""Two equal fleets behind two listeners of one Envoy, and the same arrivals at both doors.
+"""Three equal fleets, each behind a listener of one Envoy, and the same arrivals at all doors.
 
-The law: the sides differ in nothing but the weights. Both have engines of the same speeds, are
-watched by the same loop and pass through the same Envoy; only on one side is what the loop decides
-published. Whatever is started is stopped again in reverse, however the run ends.
+The law: the sides differ in nothing but who decides. All have engines of the same speeds, are
+watched by the same loop and pass through the same Envoy. On one side Envoy's own policy decides, on
+one the weights that the loop publishes, on one the picker with such weights beneath it. Whatever is
+started is stopped again in reverse, however the run ends.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import structlog
 from trimtab.adapters.envoy_process import EnvoyProcess
 from trimtab.adapters.scrape import PageScraper, client
 from trimtab.adapters.xds import XdsServer
+from trimtab.app import picker_process
 from trimtab.core.model import Endpoint, Policy, Snapshot
 from trimtab.demo.engines import MODEL, start_engines
 from trimtab.demo.load import Order, start_load
@@ -39,8 +41,13 @@ if TYPE_CHECKING:
     from trimtab.ports import Publisher
     from trimtab.workload import Request
 
-OURS = "weights"
-TITLES = {"round_robin": "round robin", "least_request": "least request", OURS: "Trimtab"}
+WEIGHTS, PICKER = OURS = ("weights", "picker")
+TITLES = {
+    "round_robin": "round robin",
+    "least_request": "least request",
+    WEIGHTS: "Trimtab weights",
+    PICKER: "Trimtab picker",
+}
 
 WARM_UP_RATIO = 0.15  # of the schedule: engines start empty, and their speeds are unknown
 PATIENCE_S = 60.0  # the longest answers take half of it; an overloaded pod may never end
@@ -70,12 +77,12 @@ class Plan:
     @property
     def balances(self) -> dict[str, Balance]:
         """How Envoy spreads each side's requests; the side that is beaten, or not, comes first."""
-        return {self.against: self.against, OURS: "least_request"}
+        return {self.against: self.against} | dict.fromkeys(OURS, "least_request")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    sides: tuple[Side, Side]
+    sides: tuple[Side, ...]
     rig: RigSummary
 
 
@@ -87,8 +94,7 @@ async def run(plan: Plan, screen: Screen) -> Outcome:
     """
     _allow_many_connections()
     names = tuple(plan.balances)
-    stock, ours = (Side(name=name, counted_from_s=plan.warm_up_s) for name in names)
-    sides = (stock, ours)
+    sides = tuple(Side(name=name, counted_from_s=plan.warm_up_s) for name in names)
     watch = Watch()
     async with AsyncExitStack() as stack:
         pools = await stack.enter_async_context(start_pools(plan, names))
@@ -143,22 +149,38 @@ async def start_pools(
 async def start_gateway(
     plan: Plan, pools: Mapping[str, tuple[Endpoint, ...]]
 ) -> AsyncIterator[tuple[XdsServer, Mapping[str, str]]]:
-    """Run an Envoy with a listener for each pool: whom to tell weights, and each pool's URL."""
+    """Run an Envoy with a listener for each pool, and a picker: whom to tell weights, and URLs."""
     xds = XdsServer(port=0)
     await xds.start()
     try:
         for name, endpoints in pools.items():
             await xds.publish(name, Snapshot(dict.fromkeys(endpoints, EQUAL_WEIGHT)))
-        xds.set_pools({name: [PoolRoute(name, balance=plan.balances[name])] for name in pools})
-        admin_port, *ports = _free_ports(1 + len(pools))
+        xds.set_pools(
+            {
+                name: [PoolRoute(name, balance=plan.balances[name], picked=name == PICKER)]
+                for name in pools
+            }
+        )
+        admin_port, picker_port, telemetry_port, *ports = _free_ports(3 + len(pools))
         listeners = [Listener(name, port) for name, port in zip(pools, ports, strict=True)]
-        envoy = EnvoyProcess(bootstrap(listeners, xds=(xds.host, xds.port), admin_port=admin_port))
-        await envoy.start()
+        asked = ("127.0.0.1", picker_port)
+        picker = picker_process(
+            control=(xds.host, xds.port),
+            listen=asked,
+            telemetry=("127.0.0.1", telemetry_port),
+            log_level="warning",
+        )
+        envoy = EnvoyProcess(
+            bootstrap(listeners, xds=(xds.host, xds.port), admin_port=admin_port, pickers=[asked])
+        )
+        await picker.start()
         try:
+            await envoy.start()
             await envoy.wait_ready()
             yield xds, {door.name: f"http://{door.address}:{door.port}" for door in listeners}
         finally:
             await envoy.stop()
+            await picker.stop()
     finally:
         await xds.stop()
 
@@ -175,7 +197,7 @@ def _free_ports(count: int) -> list[int]:
 async def start_loops(
     plan: Plan, pools: Mapping[str, tuple[Endpoint, ...]], *, watch: Watch, xds: XdsServer
 ) -> AsyncIterator[None]:
-    """Watch both pools with the real loop; only one of them has a publisher."""
+    """Watch all pools with the real loop; only ours have a publisher."""
     clock = LoopClock()
     policy = Policy(interval_s=plan.period_s)
     async with client() as session:
@@ -184,7 +206,7 @@ async def start_loops(
             timeout_s = min(SCRAPE_TIMEOUT_S, plan.period_s)
             scraper = PageScraper(session, clock, engine="VLLM", timeout_s=timeout_s)
             pool = Pool(name, endpoints, policy, scraper)
-            publisher: Publisher = xds if name == OURS else Nobody()
+            publisher: Publisher = xds if name in OURS else Nobody()
             loops.append(run_pool(pool, publisher=publisher, clock=clock, witness=watch))
         async with _beside(*loops):
             yield
@@ -225,13 +247,14 @@ def _view(plan: Plan, elapsed_s: float, *, sides: Sequence[Side], watch: Watch) 
     for side in sides:
         decision = watch.decisions.get(side.name)
         endpoints = decision.endpoints if decision else {}
-        weights = {e: r.weight if side.name == OURS else 1 for e, r in endpoints.items()}
+        weights = {e: r.weight if side.name == WEIGHTS else 1 for e, r in endpoints.items()}
         total = sum(weights.values())
+        shares = {endpoint: weight / total for endpoint, weight in weights.items()}
         views.append(
             SideView(
                 title=TITLES[side.name],
                 endpoints=endpoints,
-                shares={endpoint: weight / total for endpoint, weight in weights.items()},
+                shares={} if side.name == PICKER else shares,
                 summary=summarize(side.counted),
             )
         )

@@ -1,6 +1,6 @@
 """What the demo shows: a live table in a terminal, plain lines elsewhere, a closing table for all.
 
-The law: both sides are drawn to one scale, so the eye compares what the numbers compare. The
+The law: all sides are drawn to one scale, so the eye compares what the numbers compare. The
 screen takes finished values and knows nothing of where they come from.
 """
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from trimtab.core.model import Endpoint, EndpointReport
     from trimtab.demo.summary import RigSummary, Summary
 
-# Orange and blue of Okabe and Ito's palette: told apart by every kind of colour vision.
-COLORS = ("#E69F00", "#56B4E9")
+# Orange, blue and green of Okabe and Ito's palette: told apart by every kind of colour vision.
+COLORS = ("#E69F00", "#56B4E9", "#009E73")
 ALL_SENT = "all sent; waiting for the last answers"
-BAR_CELLS = 15  # as much as 80 columns leave to each side
+BAR_CELLS = 9  # as much as 80 columns leave to each of three sides
 FRAMES_PER_S = 4.0  # what an eye follows; each costs 4 ms of CPU time
 LINE_EVERY_S = 5.0  # for logs: few enough to read, often enough to see that it lives
 
@@ -46,7 +46,7 @@ class SideView:
     title: str
     endpoints: Mapping[Endpoint, EndpointReport]
     shares: Mapping[Endpoint, float]
-    """Of new requests, by the weights the data plane has now; they sum to 1."""
+    """Of new requests, by the weights the data plane has now; empty where it does not go by them."""
     summary: Summary
 
 
@@ -152,37 +152,44 @@ def _pods(view: View) -> Table:
     # Powers of two, so that bars of one moment compare with those of the next.
     full_bar_s = 2.0 ** math.ceil(math.log2(max(largest_s, 0.5)))
     caption = f" full bar: {full_bar_s:g} s of work owed; weight: share of new requests"
-    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, caption=caption, caption_justify="left", padding=0)
     table.add_column("\npod", min_width=6)
-    for side, color in zip(view.sides, COLORS, strict=True):
+    for side, color in zip(view.sides, COLORS, strict=False):
         table.add_column(f"{side.title}\nbacklog", header_style=color, width=BAR_CELLS)
         table.add_column("\ns", justify="right", width=5)
         table.add_column("\nweight", justify="right", width=6)
     for endpoints in zip(*(sorted(side.endpoints) for side in view.sides), strict=False):
         row: list[RenderableType] = [endpoints[0].pod]
-        for side, endpoint, color in zip(view.sides, endpoints, COLORS, strict=True):
+        for side, endpoint, color in zip(view.sides, endpoints, COLORS, strict=False):
             drain_s = side.endpoints[endpoint].drain_s
-            share = side.shares.get(endpoint, 0.0)
+            share = side.shares.get(endpoint)
             bar = Bar(full_bar_s, 0, drain_s, width=BAR_CELLS, color=color)
-            row += [bar, f"{drain_s:.2f}", f"{share:.1%}"]
+            row += [bar, f"{drain_s:.2f}", "-" if share is None else f"{share:.1%}"]
         table.add_row(*row)
     return table
 
 
 def figures(sides: Sequence[SideView]) -> Table:
-    """Tabulate what both sides reached; the ratio is that of the second to the first."""
-    table = Table(box=SIMPLE_HEAD)
+    """Tabulate what the sides reached; ratios are those to the first."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("")
-    for side, color in zip(sides, COLORS, strict=True):
-        table.add_column(side.title, justify="right", style=color, min_width=15)
-    table.add_column("ratio", justify="right")
-    baseline, ours = (side.summary for side in sides)
-    table.add_row("requests", str(baseline.requests), str(ours.requests), "")
-    failed = [Text(str(s.failed), style="bold red" if s.failed else "") for s in (baseline, ours)]
-    table.add_row("failed", *failed, "")
+    for number, (side, color) in enumerate(zip(sides, COLORS, strict=False)):
+        table.add_column(side.title, justify="right", style=color, width=10)
+        if number:
+            table.add_column("ratio", justify="right")
+
+    def add(label: str, cells: Sequence[str | Text], ratios: Sequence[str] = ()) -> None:
+        first, *others = cells
+        pairs = zip(others, ratios or [""] * len(others), strict=True)
+        table.add_row(label, first, *(cell for pair in pairs for cell in pair))
+
+    summaries = [side.summary for side in sides]
+    add("requests", [str(summary.requests) for summary in summaries])
+    add("failed", [Text(str(s.failed), style="bold red" if s.failed else "") for s in summaries])
     for label, name in ROWS:
-        values_s = [getattr(summary, name) for summary in (baseline, ours)]
-        table.add_row(label, *map(seconds, values_s), _ratio(*values_s))
+        first_s, *others_s = (getattr(summary, name) for summary in summaries)
+        ratios = [_ratio(first_s, value_s) for value_s in others_s]
+        add(label, [seconds(value_s) for value_s in (first_s, *others_s)], ratios)
     return table
 
 
