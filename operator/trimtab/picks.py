@@ -224,10 +224,9 @@ class Picks:
             books.size.learn_sent(body_bytes)
         number = next(self._numbers)
         now_s = self._clock.now_s()
-        # Known by a number of ours: a client could give all its requests one id. Of equals another
-        # one is first each time.
+        # Nobody tells of its end: the pages do. Of equals another one is first each time.
         choice = pick(
-            ledger, number, tokens=tokens, now_s=now_s, start=number, excluded=books.excluded
+            ledger, None, tokens=tokens, now_s=now_s, start=number, excluded=books.excluded
         )
         if choice is None:
             return ()

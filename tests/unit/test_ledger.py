@@ -205,6 +205,15 @@ def test_an_event_told_twice_counts_once() -> None:
     assert state(ledger, A, 1.0)[:3] == (0, 0, 0)
 
 
+def test_of_requests_without_a_name_each_counts() -> None:
+    ledger = fresh(A, B)
+    for endpoint in (A, A, B):
+        ledger.add(None, endpoint, tokens=100, at_s=1.0, now_s=1.0)
+    assert [state(ledger, endpoint, 1.0)[2] for endpoint in (A, B)] == [2, 1]
+    ledger.end(None, A, answered=True, at_s=1.0, now_s=1.0)
+    assert state(ledger, A, 1.0)[2] == 2
+
+
 def test_a_request_that_started_elsewhere_moves_there() -> None:
     """A retry, or a proxy that did not follow the pick."""
     ledger = fresh(A, B)

@@ -250,7 +250,7 @@ class Ledger:
         """Book a request that was picked for an endpoint or is heard to have started there.
 
         Known there, it is counted once. Known elsewhere, it has moved: a retry, or a choice that
-        was not followed.
+        was not followed. None is a request of which nothing more will be heard.
         """
         account = self._by_endpoint.get(endpoint)
         if account is None:
@@ -264,9 +264,11 @@ class Ledger:
         tokens = min(tokens, account.kv_capacity_tokens) if tokens > 1 else 1.0
         at_s = min(at_s, now_s)
         account.flow(self._flowed_s)
-        booking = self._known[request] = Booking(account, tokens, at_s)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+        booking = Booking(account, tokens, at_s)
+        if request is not None:
+            self._known[request] = booking
+            if len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
         account.insert(booking)
         self.mean_input_tokens += MEAN_GAIN * (tokens - self.mean_input_tokens)
         account.settle()

@@ -79,7 +79,7 @@ def pick(
 
     Args:
         ledger: what the endpoints owe; written.
-        request: by which its end will be known.
+        request: by which its end will be known; None if nobody will tell of it.
         tokens: of its prompt.
         now_s: of the ledger's clock.
         start: where to begin to look, at random: of equals the first one met is taken.
