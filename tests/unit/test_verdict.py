@@ -238,6 +238,24 @@ def test_what_piles_up_is_needed_beside_what_is_done() -> None:
     assert growing.judgement.evidence.shortage_endpoints == pytest.approx(needs[1] - 4)
 
 
+def test_the_need_is_what_arrives_over_what_an_endpoint_may_do() -> None:
+    """The cost of iterations apart: it is the same however little they bring."""
+    request_tokens = 1000 + 200 * ((1000 + 200 / 2) / 500 + 1 / 3)
+    load_tokens = 4 * (RATE_TOKENS_PER_S - 30 * STEP_TOKENS)
+    bearable = RATE_TOKENS_PER_S - STEP_TOKENS / 0.05
+    pool = Pool()
+    pool.run(60, **alike(replace(BUSY, waiting=20)))
+    evidence = pool.judgement.evidence
+    catching_up = 80 * request_tokens / 60
+    assert evidence.needed_endpoints == pytest.approx((load_tokens + catching_up) / bearable)
+    assert evidence.load_ratio == pytest.approx(load_tokens / (4 * RATE_TOKENS_PER_S))
+    patient = Pool(Policy(objective=Objective(tpot_s=1.0)))
+    patient.run(60, **alike(BUSY))
+    assert patient.judgement.evidence.needed_endpoints == pytest.approx(
+        load_tokens / (0.8 * RATE_TOKENS_PER_S)
+    )
+
+
 def test_an_objective_that_cannot_be_met_does_not_ask_for_millions() -> None:
     pool = Pool(Policy(objective=Objective(ttft_s=1e-6, tpot_s=1e-6)))
     assert pool.run(60, **alike(replace(BUSY, waiting=1)))[-1] is Verdict.SATURATED
@@ -308,6 +326,58 @@ def test_with_half_of_the_endpoints_unheard_nothing_is_known() -> None:
     verdicts = pool.run(30, **alike(BUSY))
     assert verdicts[-1] is Verdict.BALANCED
     assert Verdict.SATURATED not in verdicts
+
+
+def test_one_of_four_may_be_silent() -> None:
+    assert Pool().run(60, **alike(BUSY, D=None))[-1] is Verdict.BALANCED
+
+
+def test_between_rare_looks_more_must_run_for_a_speed_to_be_believed() -> None:
+    slow = alike(BUSY, D=Engine(speed=0.5))
+    assert Pool().run(120, **slow)[-1] is Verdict.SLOW_ENDPOINT
+    rare = Pool(Policy(interval_s=5.0))
+    assert Verdict.SLOW_ENDPOINT not in rare.run(120, **slow)
+
+
+@pytest.mark.parametrize(
+    ("engines", "sentence"),
+    [
+        (
+            alike(replace(BUSY, waiting=10)),
+            (
+                "even the emptiest of 4 endpoints queues 0.48 s of work, and the fastest takes 33 ms "
+                "per output token (0.25 s and 50 ms are allowed): the load asks for 3.3 endpoints"
+            ),
+        ),
+        (
+            alike(BUSY, D=Engine(speed=0.6)),
+            "works at less than 75 % of the median speed: engine-3 (60 %)",
+        ),
+        (
+            alike(BUSY, D=replace(BUSY, waiting=10)),
+            (
+                "the fullest endpoint queues 0.48 s of work, the emptiest 0.00 s: others could take "
+                "what waits"
+            ),
+        ),
+        (
+            alike(replace(BUSY, waiting=1)),
+            "queues of 0.05 to 0.05 s over 4 endpoints: nothing to gain",
+        ),
+        (
+            alike(LIGHT),
+            (
+                "with one endpoint less the others would be loaded to 18 % at the peak and take 18 ms "
+                "per output token (50 ms are allowed)"
+            ),
+        ),
+    ],
+    ids=["saturated", "slow", "imbalanced", "balanced", "oversized"],
+)
+def test_the_sentence_tells_the_numbers(engines: dict[str, Engine | None], sentence: str) -> None:
+    pool = Pool()
+    pool.run(90, **engines)
+    assert pool.judgement.sentence == sentence
 
 
 def test_of_nobody_nothing_is_known() -> None:
