@@ -38,7 +38,7 @@ TRACES = {
 }
 LOADS = {"conversation": 0.85, "code": 0.7, "mixed-long": 0.85, "reasoning": 0.9}
 KV_BOUND = EngineSpec(kv_capacity_tokens=100_000)  # full of KV before they are full of work
-REASONING_REQUESTS = 4000  # of two thousand tokens each
+REASONING_REQUESTS = 2000  # of two thousand tokens each
 QUADRATIC_S = 1.57e-9  # per chunk and context token, from FLOP counts of the A100
 ORDINARY = Signals(  # a day like others; rows of the table of signals add their fault to it
     length_error_ratio=0.3, scrape_takes_s=0.2, lost_scrapes_ratio=0.1, event_delay_s=0.1
@@ -165,7 +165,7 @@ def _over_workloads(
     pair: tuple[str, str],
     figures: Sequence[str],
     *,
-    seeds: int = 4,
+    seeds: int = 3,
 ) -> Row:
     """Compare two policies over the four workloads; `change` says under which conditions."""
     pairs = []
@@ -240,7 +240,9 @@ def ignorance(study: Study) -> list[Table]:
                 usual = study.scenario(name, load).spec
                 spec = replace(usual, coefficients=coefficients)
                 scenario = study.scenario(name, load, spec)
-                pairs.append([study.jobs(scenario, p, seeds=4) for p in (policy, f"{policy}@told")])
+                pairs.append(
+                    [study.jobs(scenario, policy, seeds=3, told=told) for told in (False, True)]
+                )
 
             def cells(known: Known, pairs: list[list[list[Job]]] = pairs) -> list[str]:
                 unlevel = max(mean(known, jobs, "unlevel_ratio") for jobs, _ in pairs)
