@@ -10,6 +10,7 @@ engines' own 2 s later.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -96,7 +97,8 @@ FAULTS: dict[str, Callable[[Parts], Awaitable[None]]] = {
 
 def _send(picker: Child, number: signal.Signals) -> None:
     if picker.pid is not None:
-        os.kill(picker.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it waits to be started again
+            os.kill(picker.pid, number)
 
 
 def run() -> dict[str, float]:

@@ -161,6 +161,18 @@ def test_a_burst_of_mixed_requests_is_spread_by_tokens(rig: Rig) -> None:
     assert max(booked.values()) / (sum(booked.values()) / 8) <= 1.15
 
 
+def test_of_equals_each_has_its_turn(rig: Rig) -> None:
+    chosen = []
+    for _ in range(3):
+        for endpoint in ENDPOINTS:
+            rig.read(endpoint, IDLE)
+        rig.clock.time_s += 10
+        for endpoint in ENDPOINTS:
+            rig.read(endpoint, IDLE)
+        chosen.append(rig.chosen())
+    assert set(chosen) == set(ENDPOINTS)
+
+
 def test_the_next_best_are_named_too_each_once(rig: Rig) -> None:
     rig.follow(*(Endpoint(f"p{n}", "10.0.0.9", n) for n in range(8)))
     for _ in range(20):
@@ -296,6 +308,14 @@ def test_bytes_of_our_picks_and_tokens_of_the_engines_give_the_size() -> None:
     assert size.bytes_per_token == pytest.approx(4)  # nothing has come of them yet
     size.learn_done(served(0, 500), served(1000, 500))
     assert size.bytes_per_token == pytest.approx(6, rel=0.02)
+
+
+def test_bytes_count_as_requests_are_admitted_and_not_before() -> None:
+    size = TokenSize()
+    for _ in range(1000):
+        size.learn_sent(9000)
+    size.learn_done(served(0, 1500), served(10, 1500))
+    assert size.bytes_per_token == pytest.approx((4000 + 9000) / (1000 + 1500), rel=0.01)
 
 
 def test_requests_that_came_another_way_do_not_make_tokens_larger() -> None:
