@@ -315,6 +315,26 @@ def simulate(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("pool", required=False, default="", metavar="[[NAMESPACE/]POOL]")
+@click.option(
+    "--telemetry",
+    type=_Address(names_too=True),
+    default="127.0.0.1:8081",
+    show_default=True,
+    help="Where the operator or standalone has its /metrics.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
+def explain(*, pool: str, telemetry: tuple[str, int], as_json: bool) -> None:
+    """Show why a pool is balanced as it is, with the numbers.
+
+    In a cluster: kubectl exec deploy/trimtab-operator -- trimtab explain NAMESPACE/POOL
+    """
+    from trimtab import explain as command  # noqa: PLC0415  # help is quick
+
+    command.run(pool, telemetry=telemetry, as_json=as_json)
+
+
+@main.command()
 def crd() -> None:
     """Print the CustomResourceDefinition of InferencePool.
 

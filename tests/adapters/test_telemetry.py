@@ -40,6 +40,10 @@ class DataPlane:
     connected: int = 2
     nacks_total: int = 3
     pushes_total: int = 40
+    last_nack: str | None = None
+
+    def following(self, pool: str) -> int:
+        return len(pool)
 
 
 class Rig:

@@ -2,15 +2,17 @@
 
 A log line is written when something changes, never per tick or request. Gauges are not kept but
 read off the last decision of each pool when somebody asks, so a series cannot outlive its endpoint
-and a tick pays nothing for them; the age of data goes on growing when ticks stop.
+and a tick pays nothing for them; the age of data goes on growing when ticks stop. /debug/pools is
+read off likewise: it is what `trimtab explain` prints.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -21,6 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from trimtab import __version__
+from trimtab.core.explaining import Deeds, explain
 from trimtab.core.model import EndpointState, Failure
 from trimtab.ports import PublishError, StartError, TrimtabError
 
@@ -75,6 +78,13 @@ class DataPlane(Protocol):
     @property
     def connected(self) -> int: ...
 
+    @property
+    def last_nack(self) -> object:
+        """None, or what tells as a string which Envoy refused what, and why."""
+
+    def following(self, pool: str) -> int:
+        """Count the Envoys that have a pool's latest snapshot."""
+
     nacks_total: int
     pushes_total: int
 
@@ -101,7 +111,9 @@ class _Pool:
     ticks: int = 0
     decision: Decision | None = None
     decided_s: float = 0.0
-    published: bool = False
+    changed_s: float = 0.0
+    """When the last snapshot came that was another."""
+    published_s: float | None = None
     complaint: str = ""
     """What the log already says is wrong."""
     bug: bool = False
@@ -183,8 +195,10 @@ class Telemetry(Collector):
 
     def decided(self, pool: str, observation: Observation, decision: Decision) -> None:
         known = self._pools[pool]
-        known.decision = decision
         known.decided_s = self._clock.now_s()
+        if known.decision is None or decision.snapshot is not known.decision.snapshot:
+            known.changed_s = known.decided_s
+        known.decision = decision
         known.ticks += 1
         for reading in observation.readings.values():
             if isinstance(reading.outcome, Failure):
@@ -199,9 +213,9 @@ class Telemetry(Collector):
         self._published.labels(pool).set_to_current_time()
         if known.complaint:
             log.info("pool is all right again", pool=pool, tick=known.ticks)
-        elif not known.published and known.decision is not None:
+        elif known.published_s is None and known.decision is not None:
             log.info("pool is served", pool=pool, endpoints=len(known.decision.endpoints))
-        known.published, known.complaint, known.bug = True, "", False
+        known.published_s, known.complaint, known.bug = self._clock.now_s(), "", False
 
     def failed(self, pool: str, error: Exception) -> None:
         known = self._pools[pool]
@@ -245,17 +259,22 @@ class Telemetry(Collector):
 
     @property
     def _waiting(self) -> list[str]:
-        return [name for name, pool in self._pools.items() if not pool.published]
+        return [name for name, pool in self._pools.items() if pool.published_s is None]
 
     @asynccontextmanager
     async def serve(self, host: str, port: int) -> AsyncIterator[int]:
-        """Answer /metrics, /healthz and /readyz, and say on which port. Raises StartError."""
+        """Answer /metrics, /healthz, /readyz and /debug/pools, and say on which port.
+
+        Raises StartError.
+        """
         app = web.Application()
         app.add_routes(
             [
                 web.get("/metrics", self._answer_metrics),
                 web.get("/healthz", self._answer_healthz),
                 web.get("/readyz", self._answer_readyz),
+                web.get("/debug/pools", self._answer_pools),
+                web.get("/debug/pools/{name:.+}", self._answer_pool),
             ]
         )
         runner = web.AppRunner(app, access_log=None)
@@ -290,6 +309,28 @@ class Telemetry(Collector):
         if self._source is not None and not self._source.synced:
             why = "the cluster's objects are not yet known"
         return web.Response(status=503, text=f"{why}\n")
+
+    async def _answer_pools(self, _: web.Request) -> web.Response:
+        return web.json_response(sorted(self._pools))
+
+    async def _answer_pool(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self._pools:
+            return web.Response(status=404, text=f"no pool {name!r} is served here\n")
+        known, plane = self._pools[name], self._data_plane
+        decided = known.decision is not None
+        deeds = Deeds(
+            decided_s=known.decided_s if decided else None,
+            changed_s=known.changed_s if decided else None,
+            published_s=known.published_s,
+            envoys=plane.connected if plane else 0,
+            following=plane.following(name) if plane else 0,
+            refusal=str(plane.last_nack or "") if plane else "",
+            complaint=known.complaint,
+        )
+        explanation = explain(name, known.decision, deeds, now_s=self._clock.now_s())
+        text = json.dumps(asdict(explanation), indent=2, allow_nan=False)
+        return web.Response(text=text + "\n", content_type="application/json")
 
     # Series that are read off, not kept
 

@@ -64,6 +64,10 @@ class Nack:
     names: tuple[str, ...]
     detail: str
 
+    def __str__(self) -> str:
+        kind = self.type_url.rpartition(".")[2]
+        return f"Envoy {self.node} refused {kind} {', '.join(self.names)}: {self.detail}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Resource:
@@ -367,6 +371,13 @@ class XdsServer:
         """Return the version that every connected Envoy has; None while they differ or none is."""
         versions = {stream.taken(EDS, pool) for stream in self._envoys()}
         return versions.pop() if len(versions) == 1 else None
+
+    def following(self, pool: str) -> int:
+        """Count the Envoys that have the latest of a pool."""
+        current = self._table[EDS].get(pool)
+        return sum(
+            1 for each in self._envoys() if current and each.taken(EDS, pool) == current.version
+        )
 
     def standing(self, pool: str) -> tuple[bool, str]:
         """Say whether every Envoy has taken something of a pool, and why one refused the latest."""

@@ -127,6 +127,7 @@ class EndpointReport:
     """How old the data is on which all this rests; infinite when there never was any."""
     running: float = 0.0
     waiting: float = 0.0
+    kv_used_ratio: float | None = None
     reason: str = ""
     """Why the state is not Serving; empty when it is."""
 

@@ -112,6 +112,7 @@ def step(
             age_s=track.news_age_s if track else math.inf,
             running=track.sample.running if track else 0.0,
             waiting=track.sample.waiting if track else 0.0,
+            kv_used_ratio=track.sample.kv_used_ratio if track else None,
             reason=reason,
         )
         before = state.states.get(endpoint, EndpointState.SERVING)
