@@ -22,7 +22,7 @@ from trimtab.engine_sim.model import A100, H100, EngineSpec
 from trimtab.sim.brain import Signals
 from trimtab.sim.capacity import saturated_rate_per_s
 from trimtab.sim.scenario import POLICIES, Crash, Join, Outage, Scenario, Slow
-from trimtab.simulate import compute, seeded
+from trimtab.simulate import CAPACITY_REQUESTS, compute, seeded
 from trimtab.workload import WORKLOADS, draw, parse_trace
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ class Study:
         workload = WORKLOADS[name]
         if self.traces and name in TRACES:
             trace = tuple(parse_trace((self.traces / TRACES[name]).read_text(encoding="utf-8")))
-        lengths = trace or draw(workload, rate_per_s=1, count=12_000, rng=seeded(0, "capacity"))
+        lengths = trace or draw(
+            workload, rate_per_s=1, count=CAPACITY_REQUESTS, rng=seeded(0, "capacity")
+        )
         if spec is None:
             spec = KV_BOUND if name == "reasoning" else EngineSpec()
         return Scenario(

@@ -53,7 +53,7 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 DEFAULT_POLICIES = "round_robin,least_request,weights,picker"
-CAPACITY_REQUESTS = 12_000  # their mean work is within 1 % of the workload's
+CAPACITY_REQUESTS = 40_000  # fewer misjudge a mixed load by 5 %
 MAX_LOAD_RATIO = 0.95  # of the requests inside the objective
 LOADS = (0.05, 1.25)  # between which the highest load is looked for
 LOAD_STEP = 0.01
