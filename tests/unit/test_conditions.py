@@ -85,6 +85,12 @@ def said(what: Decision | None, facts: Facts, condition: Type) -> tuple[str, str
             "Nobody listens at llama-2:8000.",
         ),
         (
+            decision(SERVING, SERVING),
+            replace(PUBLISHED, refused={A}),
+            ("True", "Serving"),
+            "Nobody listens at llama-1:8000.",
+        ),
+        (
             decision(STALE, STALE),
             replace(PUBLISHED, refused={A, B}),
             ("False", "Unreachable"),
@@ -288,10 +294,11 @@ def test_flips_are_what_an_event_is_worth() -> None:
     first = status(decision(SERVING), PUBLISHED, {}, wall_s=T0_S)
     assert [c["type"] for c in flips({}, first)] == list(Type)
     assert flips(first, status(decision(SERVING), PUBLISHED, first, wall_s=T0_S + 1)) == []
-    stale = status(decision(STALE), PUBLISHED, first, wall_s=T0_S + 1)
-    assert [(c["type"], c["reason"]) for c in flips(first, stale)] == [
-        ("MetricsAvailable", "AllStale")
-    ]
+    for reports, reason in (((STALE,), "AllStale"), ((SERVING, STALE), "SomeStale")):
+        stale = status(decision(*reports), PUBLISHED, first, wall_s=T0_S + 1)
+        assert [(c["type"], c["reason"]) for c in flips(first, stale)] == [
+            ("MetricsAvailable", reason)
+        ]
 
 
 @pytest.mark.parametrize(
