@@ -3,139 +3,31 @@
 One schema for the custom resource and for fleet files. A field exists here once it takes effect.
 Names, descriptions, bounds and defaults are the schema's, so that tools and people read the same;
 there are no floats (they do not survive JSON round trips) and no defaults hidden in code. What a
-schema cannot say is a `Rule`: in CEL for the API server, in Python for fleet files.
+schema cannot say is a `Rule`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    StringConstraints,
-    model_validator,
-)
-from pydantic.alias_generators import to_camel
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, StringConstraints
 
 from trimtab.core.conditions import MAX_ENDPOINTS
 from trimtab.core.model import EndpointState, Policy
 from trimtab.core.verdict import Verdict  # noqa: TC001  # pydantic reads annotations at run time
+from trimtab.schema import LIST_TYPE, Keyed, Rule, Schema, Whole, form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from pydantic.json_schema import JsonSchemaValue
+    from collections.abc import Mapping
 
 GROUP = "trimtab.dev"
 VERSION = "v1alpha1"
 KIND = "InferencePool"
 PLURAL = "inferencepools"
 
-VALIDATIONS = "x-kubernetes-validations"
-LIST_TYPE = "x-kubernetes-list-type"
-LIST_KEYS = "x-kubernetes-list-map-keys"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What must hold, in both languages, and what people are told when it does not."""
-
-    cel: str
-    holds: Callable[[Any], bool]
-    message: str
-    field: str = ""
-    """The field to name, seen from the value that has the rule; empty: the value itself."""
-
-    def check(self, value: Any) -> Any:
-        if not self.holds(value):
-            raise ValueError(f"{self.field} {self.message}".lstrip())
-        return value
-
-    def validation(self) -> dict[str, str]:
-        """Say it to the API server, which puts the field in front of the message itself."""
-        told = {"rule": self.cel, "message": self.message}
-        return told | ({"fieldPath": f".{self.field}"} if self.field else {})
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        shown = handler(schema)
-        return shown | {VALIDATIONS: [*shown.get(VALIDATIONS, ()), self.validation()]}
-
-
-def _form(pattern: str, message: str) -> Rule:
-    """Say the form of a string in words: a pattern alone tells nobody what to write."""
-    form = re.compile(pattern)
-    return Rule(f"self.matches(r'^{pattern}$')", lambda text: bool(form.fullmatch(text)), message)
-
-
-@dataclass(frozen=True, slots=True)
-class Keyed:
-    """A list whose items differ: in the fields named, or as a whole where none is."""
-
-    keys: tuple[str, ...] = ()
-
-    def check(self, items: Sequence[Any]) -> Sequence[Any]:
-        seen = set()
-        for item in items:
-            identity = tuple(getattr(item, key) for key in self.keys) or item
-            if identity in seen:
-                told = identity if not self.keys else ", ".join(map(str, identity))
-                raise ValueError(f"{told} is listed twice")
-            seen.add(identity)
-        return items
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        kind = {LIST_TYPE: "map", LIST_KEYS: list(self.keys)} if self.keys else {LIST_TYPE: "set"}
-        return handler(schema) | kind
-
-
-class Schema(BaseModel):
-    """A typing error must not pass for a setting, so unknown fields are refused."""
-
-    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
-
-    RULES: ClassVar[tuple[Rule, ...]] = ()
-
-    @model_validator(mode="after")
-    def _rules_hold(self) -> Self:
-        for rule in self.RULES:
-            rule.check(self)
-        return self
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        shown = handler(schema)
-        if cls.RULES:
-            handler.resolve_ref_schema(shown)[VALIDATIONS] = [r.validation() for r in cls.RULES]
-        return shown
-
-
-# Strict, or "100" and `true` would pass for numbers here and be refused by the API server.
-Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
 BigCount = Annotated[Whole, Field(ge=0, le=2**53)]  # beyond it JSON readers round
 Name = Annotated[str, StringConstraints(min_length=1, max_length=253)]
@@ -147,12 +39,12 @@ Port = Annotated[Whole, Field(ge=1, le=65_535)]
 Path = Annotated[
     str,
     StringConstraints(max_length=1024),
-    _form("(/[!-~]*)?", "must be empty or begin with / and hold no blanks"),
+    form("(/[!-~]*)?", "must be empty or begin with / and hold no blanks"),
 ]
 Hostname = Annotated[
     str,
     StringConstraints(max_length=253),
-    _form(
+    form(
         r"(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*",
         "must be a host name in lower case, such as llm.example.com or *.example.com",
     ),
@@ -162,12 +54,12 @@ _LABEL_KEY = r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61
 _A_LABEL_KEY = "must be the name of a label, such as app or example.com/app"
 _MAX_LABEL_KEY = 253 + len("/") + 63
 LabelKey = Annotated[
-    str, StringConstraints(max_length=_MAX_LABEL_KEY), _form(_LABEL_KEY, _A_LABEL_KEY)
+    str, StringConstraints(max_length=_MAX_LABEL_KEY), form(_LABEL_KEY, _A_LABEL_KEY)
 ]
 LabelValue = Annotated[
     str,
     StringConstraints(max_length=63),
-    _form(
+    form(
         "([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?",
         "must be the value of a label: letters, digits, - _ and ., the first and last no sign",
     ),

@@ -10,16 +10,8 @@ from typing import Any
 
 import yaml
 
-from trimtab.api import (
-    GROUP,
-    KIND,
-    LIST_KEYS,
-    LIST_TYPE,
-    PLURAL,
-    VALIDATIONS,
-    VERSION,
-    InferencePool,
-)
+from trimtab.api import GROUP, KIND, PLURAL, VERSION, InferencePool
+from trimtab.schema import LIST_KEYS, LIST_TYPE, VALIDATIONS
 
 INT32_MAX = 2**31 - 1
 

@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from trimtab.api import PoolSpec, Schema, Whole
+from trimtab.api import PoolSpec
 from trimtab.core.model import Endpoint
 from trimtab.ports import ConfigurationError
+from trimtab.schema import Schema, Whole
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Hashable
