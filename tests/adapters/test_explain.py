@@ -262,7 +262,11 @@ def test_a_pool_is_found_by_what_tells_it_from_others(
     ("meant", "names", "complaint"),
     [
         ("llama", [], "no pool is served yet"),
-        ("lama", ["a/llama", "b/qwen"], "no pool 'lama' is served; there are: a/llama, b/qwen"),
+        (
+            "mistral",
+            ["a/llama", "b/qwen"],
+            "no pool 'mistral' is served; there are: a/llama, b/qwen",
+        ),
         ("b/llama", ["a/llama"], "no pool 'b/llama' is served; there are: a/llama"),
         ("", ["a/llama", "b/qwen"], "which pool? One of: a/llama, b/qwen"),
         ("llama", ["a/llama", "b/llama", "b/qwen"], "which pool? One of: a/llama, b/llama"),

@@ -158,6 +158,21 @@ async def test_who_asks_again_is_told_again() -> None:
             await client.say(EDS, resource_names_unsubscribe=[POOL.name])
 
 
+async def test_who_has_the_latest_snapshot_follows() -> None:
+    async with serving() as server, connected(server, delta=True) as client:
+        server.set_pools({"door": [POOL]})
+        await server.publish(POOL.name, weighing(1))
+        await client.say(EDS, resource_names_subscribe=[POOL.name])
+        answer = await client.hear()
+        assert server.following(POOL.name) == 0
+        await client.ack(answer)
+        async with asyncio.timeout(DEADLINE_S):
+            await server.wait_acked(POOL.name, weighing(1).version)
+        assert server.following(POOL.name) == 1
+        await server.publish(POOL.name, weighing(2))
+        assert server.following(POOL.name) == 0
+
+
 async def test_who_hangs_up_no_longer_counts() -> None:
     async with serving() as server:
         server.set_pools({"door": [POOL]})

@@ -79,6 +79,14 @@ def test_one_endpoint_that_keeps_requests_waiting_is_told_in_the_singular() -> N
 def test_many_full_endpoints_are_counted_rather_than_named() -> None:
     said = explained(IDLE, *[FULL] * 5)
     assert "sent to llama-2:8000, llama-3:8000, llama-4:8000 or 2 more waits" in said.answer
+    said = explained(IDLE, *[FULL] * 4)
+    assert "sent to llama-2:8000, llama-3:8000, llama-4:8000 or 1 more waits" in said.answer
+
+
+def test_a_difference_beyond_the_verdict_s_own_measure_is_told() -> None:
+    """A quarter of the TTFT objective; what is within it is no reason (below)."""
+    said = explained(IDLE, replace(FULL, drain_s=0.4))
+    assert "waits behind 0.4 s of work" in said.answer
 
 
 def test_a_pod_whose_name_is_its_address_is_named_once() -> None:
@@ -159,6 +167,12 @@ def test_who_gets_no_new_work_has_no_share_of_it() -> None:
     """An unreachable endpoint keeps a weight, which the data plane does not use."""
     said = explained(IDLE, UNREACHABLE, DRAINING, replace(STALE, weight=1000))
     assert [row.weight_percent for row in said.rows] == [50, 0, 0, 50]
+
+
+@pytest.mark.parametrize("tokens", [math.nan, -5.0])
+def test_a_backlog_that_is_no_quantity_does_not_spoil_the_shares_of_others(tokens: float) -> None:
+    said = explained(replace(FULL, backlog_tokens=tokens), FULL)
+    assert [row.backlog_percent for row in said.rows] == [0, 100]
 
 
 def test_what_is_not_known_is_left_out() -> None:
