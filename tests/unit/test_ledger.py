@@ -365,7 +365,15 @@ def test_the_pace_never_leaves_its_range() -> None:
         ledger.scrape(A, reading(second, second, waiting=second, running=1))
         paces.append(ledger.accounts[0].pace_ratio)
     assert all(later <= earlier for earlier, later in pairwise(paces))
-    assert paces[-1] == rules.PACE_RANGE[0]
+    assert paces[-1] == rules.PACE_RANGE[0] == 0.5
+
+
+def test_an_engine_that_is_faster_than_reckoned_is_reckoned_faster_up_to_twice() -> None:
+    ledger = fresh(A)
+    for second in range(1, 60):
+        ledger.add(second, A, tokens=100_000, at_s=second - 0.5, now_s=second - 0.5)
+        ledger.scrape(A, reading(second, second, running=1))
+    assert ledger.accounts[0].pace_ratio == rules.PACE_RANGE[1] == 2
 
 
 def test_the_default_costs_are_near_those_of_a_measured_engine() -> None:
