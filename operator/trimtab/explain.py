@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Form = TypeVar("_Form")
 
 TIMEOUT_S = 10.0  # a process that answers no later is too busy to be explained
-PLAIN_COLUMNS = 200  # in files and pipes nothing folds: lines are to be searched
+WIDE_COLUMNS = 200  # of a table, whatever the terminal: a line in pieces cannot be searched
 
 _explanation = TypeAdapter(Explanation)
 _names = TypeAdapter(list[str])
@@ -46,10 +46,7 @@ def run(pool: str, *, telemetry: tuple[str, int], as_json: bool) -> None:
     if as_json:
         print(json.dumps(json.loads(page)))  # noqa: T201  # asked for
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_COLUMNS)
-    show(explanation, console)
+    show(explanation, Console(width=WIDE_COLUMNS), columns=Console().width)
 
 
 async def _ask(pool: str, telemetry: tuple[str, int]) -> bytes:
@@ -101,12 +98,18 @@ def choose(pool: str, names: Sequence[str]) -> str:
     raise ConfigurationError(f"no pool {pool!r} is served; there are: {known}")
 
 
-def show(explanation: Explanation, console: Console) -> None:
-    """Print it for people."""
+def show(explanation: Explanation, console: Console, *, columns: int) -> None:
+    """Print it for people: sentences fold at `columns` in a terminal, and nowhere else."""
 
     def say(text: str, style: str = "") -> None:
+        folds = console.is_terminal
         console.print(
-            text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal
+            text,
+            style=style,
+            markup=False,
+            highlight=False,
+            soft_wrap=not folds,
+            width=columns if folds else None,
         )
 
     lasts = explanation.verdict_for_s
@@ -119,7 +122,7 @@ def show(explanation: Explanation, console: Console) -> None:
         console.print(_table(explanation.rows))
     for row in explanation.rows:
         if row.reason:
-            where = row.pod if row.pod == row.address else f"{row.pod} ({row.address})"
+            where = row.name if row.name == row.address else f"{row.name} ({row.address})"
             say(f"{where} is {row.state}: {row.reason}.")
     for deed in explanation.deeds:
         say(deed)
@@ -127,16 +130,14 @@ def show(explanation: Explanation, console: Console) -> None:
 
 def _table(rows: Sequence[Row]) -> Table:
     """Left to right as the data flows: what was read, what follows, what is done."""
-    pods = any(row.pod != row.address for row in rows)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 0))
-    for name in ("pod", "address") if pods else ("endpoint",):
-        table.add_column(name, overflow="fold")
+    table.add_column("endpoint", no_wrap=True)
     for name in ("run", "wait", "KV", "speed", "age", "→ backlog", "of all", "drain", "→ share"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for row in rows:
         table.add_row(
-            *((row.pod, row.address) if pods else (row.address,)),
+            row.name,
             f"{row.running:.0f}",
             f"{row.waiting:.0f}",
             "" if row.kv_percent is None else f"{row.kv_percent:.0f} %",

@@ -167,8 +167,7 @@ async def test_an_engine_that_is_loaded_past_the_balancer_is_the_answer() -> Non
     assert process.returncode == code == 0
     assert "Short requests are slow because 1 of 3 endpoints holds" in told
     assert f"sent to {full.pod}:{full.port} waits behind" in told
-    (row,) = [line for line in told.splitlines() if f"{full.address}:{full.port} " in line]
-    assert row.startswith(full.pod)
+    (row,) = [line for line in told.splitlines() if line.startswith(f"{full.pod}:{full.port} ")]
     assert row.endswith("Serving")
     assert "1 of 1 connected Envoys follow it." in told
     said = json.loads(text)
@@ -313,6 +312,7 @@ async def test_another_server_is_told_from_trimtab(body: str, status: int) -> No
 # What is printed
 
 ROW = Row(
+    name="10.0.0.1:8000",
     pod="10.0.0.1:8000",
     address="10.0.0.1:8000",
     running=3,
@@ -340,15 +340,17 @@ SAID = Explanation(
 )
 
 
-def printed(said: Explanation, **options: Any) -> list[str]:
-    console = Console(file=io.StringIO(), **options)
-    explain.show(said, console)
+def printed(said: Explanation, *, columns: int = 80, terminal: bool = False) -> list[str]:
+    console = Console(
+        file=io.StringIO(), width=explain.WIDE_COLUMNS, force_terminal=terminal, color_system=None
+    )
+    explain.show(said, console, columns=columns)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
 
 
-def test_an_address_that_is_its_own_name_is_printed_once() -> None:
-    assert printed(SAID, width=200)[2:] == [
+def test_a_row_reads_from_the_page_to_the_share() -> None:
+    assert printed(SAID)[2:] == [
         "endpoint      run wait   KV speed   age → backlog of all  drain → share state",
         "─" * 79,
         "10.0.0.1:8000   3    0 12 % 100 % 0.4 s     1,234   50 % 0.06 s  50.0 % Serving",
@@ -357,18 +359,32 @@ def test_an_address_that_is_its_own_name_is_printed_once() -> None:
 
 def test_what_others_wrote_is_printed_as_it_is() -> None:
     """Envoy's complaints have brackets in them."""
-    assert printed(SAID, width=200)[0] == "llama: Unknown: [bold]so[/bold] it is"
+    assert printed(SAID)[0] == "llama: Unknown: [bold]so[/bold] it is"
 
 
 def test_a_table_on_hosts_fits_a_terminal_of_80_columns() -> None:
-    assert all(len(line) <= 80 for line in printed(SAID, width=80, force_terminal=False))
+    assert all(len(line) <= 80 for line in printed(SAID))
+
+
+def test_an_endpoint_stays_on_one_line_however_narrow_the_terminal_is() -> None:
+    """A line in pieces cannot be searched, and names of pods are long."""
+    name = f"llama-{'x' * 60}:8000"
+    lines = printed(replace(SAID, rows=(replace(ROW, name=name),)), terminal=True)
+    assert any(name in line and line.endswith("Serving") for line in lines)
+
+
+def test_sentences_fold_in_a_terminal_and_nowhere_else() -> None:
+    said = replace(SAID, rows=(), sentence="long " * 60)
+    assert len(printed(said)) == 2
+    assert len(printed(said, terminal=True)) == 5
+    assert all(len(line) <= 80 for line in printed(said, terminal=True))
 
 
 def test_reasons_stand_in_full_below_the_table() -> None:
     stale = replace(ROW, state="Stale", age_s=None, reason="never a sample")
     said = replace(SAID, rows=(stale,))
-    *_, row, reason = printed(said, width=200)
+    *_, row, reason = printed(said)
     assert " never " in row
     assert reason == "10.0.0.1:8000 is Stale: never a sample."
-    in_a_pod = replace(SAID, rows=(replace(stale, pod="llama-a"),))
-    assert printed(in_a_pod, width=200)[-1].startswith("llama-a (10.0.0.1:8000) is Stale: ")
+    in_a_pod = replace(SAID, rows=(replace(stale, name="llama-a:8000"),))
+    assert printed(in_a_pod)[-1].startswith("llama-a:8000 (10.0.0.1:8000) is Stale: ")

@@ -94,7 +94,7 @@ def test_a_pod_whose_name_is_its_address_is_named_once() -> None:
     decision = Decision(snapshot=Snapshot({}), endpoints=told)
     said = explain("llama", decision, Deeds(), now_s=NOW_S)
     assert "sent to [::1]:8001 waits" in said.answer
-    assert said.rows[0].address == "[::1]:8001"
+    assert (said.rows[0].name, said.rows[0].address) == ("[::1]:8001", "[::1]:8001")
 
 
 @pytest.mark.parametrize("verdict", [Verdict.BALANCED, Verdict.OVERSIZED])
@@ -146,6 +146,7 @@ def test_each_row_has_the_line_from_the_page_to_the_share() -> None:
     said = explained(replace(IDLE, kv_used_ratio=0.25), FULL)
     first, second = said.rows
     assert asdict(first) == {
+        "name": "llama-1:8000",
         "pod": "llama-1",
         "address": "10.0.0.1:8000",
         "running": 3,

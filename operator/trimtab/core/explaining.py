@@ -56,6 +56,8 @@ class Deeds:
 class Row:
     """One endpoint's line, left to right; None where something is not known."""
 
+    name: str
+    """Pod and port, as sentences call it; a pod may serve on several ports."""
     pod: str
     address: str
     running: float
@@ -126,10 +128,9 @@ def _rows(reports: Mapping[Endpoint, EndpointReport], *, late_s: float) -> dict[
     weights = sum(report.weight for report in reports.values() if report.state in _TAKING)
     return {
         endpoint: Row(
+            name=_name(endpoint),
             pod=endpoint.pod,
-            address=f"[{endpoint.address}]:{endpoint.port}"
-            if ":" in endpoint.address
-            else f"{endpoint.address}:{endpoint.port}",
+            address=_address(endpoint),
             running=_finite(report.running),
             waiting=_finite(report.waiting),
             kv_percent=None if report.kv_used_ratio is None else _known(100 * report.kv_used_ratio),
@@ -163,8 +164,8 @@ def _answer(rows: Mapping[Endpoint, Row], judgement: Judgement) -> str:
     return (
         f"{why} {len(full)} of {len(rows)} endpoints {hold} "
         f"{sum(row.backlog_percent for row in full):.0f} % of the backlog: a short request sent to "
-        f"{_named([_name(row) for row in full])} waits behind {behind} s of work, at the emptiest, "
-        f"{_name(emptiest)}, behind {emptiest.drain_s:.1f} s; of new work "
+        f"{_named([row.name for row in full])} waits behind {behind} s of work, at the emptiest, "
+        f"{emptiest.name}, behind {emptiest.drain_s:.1f} s; of new work "
         f"{'they get' if len(full) > 1 else 'it gets'} "
         f"{sum(row.weight_percent for row in full):.0f} %"
         + (", and over 30 s it evens out." if level else ".")
@@ -208,10 +209,15 @@ def _deeds(deeds: Deeds, snapshot: str, *, now_s: float) -> Iterable[str]:
 # Words and numbers.
 
 
-def _name(row: Row) -> str:
-    """A pod may serve on several ports."""
-    port = row.address.rpartition(":")[2]
-    return row.pod if row.pod.endswith(f":{port}") else f"{row.pod}:{port}"
+def _address(endpoint: Endpoint) -> str:
+    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
+    return f"{host}:{endpoint.port}"
+
+
+def _name(endpoint: Endpoint) -> str:
+    """On plain hosts a pod is called by its address, port and all."""
+    address = _address(endpoint)
+    return address if endpoint.pod == address else f"{endpoint.pod}:{endpoint.port}"
 
 
 def _named(names: list[str]) -> str:
