@@ -180,14 +180,16 @@ Raw = bytes | None
 )
 async def test_whatever_a_picker_answers_requests_go_on(raw: Raw) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        if head.startswith(b"GET /readyz "):
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-        elif raw is None:
-            await reader.read()
-        else:
-            writer.write(raw)
-        writer.close()
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"GET /readyz "):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            elif raw is None:
+                await reader.read()
+            else:
+                writer.write(raw)
+        finally:
+            writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
