@@ -526,8 +526,13 @@ def test_when_all_news_is_void_all_levels_are_equal() -> None:
 
 def test_sums_do_not_depend_on_the_order_of_endpoints() -> None:
     """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1; replicas must agree to the last bit."""
-    first = {A: BUSY, B: replace(BUSY, waiting=0.1), C: replace(BUSY, waiting=0.3), D: LOST}
-    more: dict[Endpoint, Sample | Failure] = {
+    first: dict[Endpoint, Sample | Failure] = {
+        A: BUSY,
+        B: replace(BUSY, waiting=0.1),
+        C: replace(BUSY, waiting=0.3),
+        D: LOST,
+    }
+    more = {
         e: _worked(p, steps=1, finished=0.1 + i / 7)
         for i, (e, p) in enumerate(first.items())
         if isinstance(p, Sample)
