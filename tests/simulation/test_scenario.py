@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ def _report(scenario: Scenario, policy: str, seed: int = 1) -> Report:
     return simulate(scenario, policy, stream=_streams(seed)).report
 
 
+@cache  # several tests compare with the same run
 def _p99_s(scenario: Scenario, policy: str) -> float:
     return sum(_report(scenario, policy, seed).ttft_p99_s for seed in (1, 2, 3)) / 3
 
