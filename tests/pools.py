@@ -55,6 +55,7 @@ VALID: dict[str, dict[str, Any]] = {
     "path": pool(engine="TensorRTLLM", metrics={"path": "/a/b?c=d"}),
     "routing": pool(
         routing={
+            "mode": "Weights",
             "models": ["meta-llama/Llama-3.1-8B-Instruct", "m" * 253],
             "hostnames": ["llm.example.com", "*.example.com", "localhost"],
             "minimumWeightPercent": 100,
@@ -101,6 +102,9 @@ INVALID: dict[str, Refused] = {
     ),
     # Enums.
     "engine-in-lower-case": Refused({"engine": "vllm"}, "spec.engine", "supported values"),
+    "mode-of-elsewhere": Refused(
+        {"routing": {"mode": "RoundRobin"}}, "spec.routing.mode", "supported values"
+    ),
     "operator-of-elsewhere": Refused(
         {"selector": expression("Gt", "1")},
         "spec.selector.matchExpressions[0].operator",
