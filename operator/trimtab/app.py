@@ -175,6 +175,7 @@ async def _standalone(options: Standalone) -> None:
     fleet = file.load()
     xds = XdsServer(*options.xds)
     telemetry = Telemetry(clock, data_plane=xds)
+    telemetry.hold("the gateway is not yet open")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(telemetry.serve(*options.telemetry))
         await xds.start()
@@ -199,11 +200,12 @@ async def _standalone(options: Standalone) -> None:
             print(as_yaml(envoy_bootstrap), flush=True)  # noqa: T201  # asked for
         session = await stack.enter_async_context(scrape.client())
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.callback(telemetry.leave)
+        stack.callback(telemetry.hold, "leaving")
         control = Control(group, session=session, publisher=xds, telemetry=telemetry, clock=clock)
         await _follow(fleet, control=control, xds=xds)
         if envoy is not None:
             await envoy.wait_ready()
+        telemetry.release()
         log.info("ready", listen=told(options.listen), xds=told((xds.host, xds.port)))
         async for change in file.changes():
             if isinstance(change, Fleet):

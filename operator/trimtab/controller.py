@@ -149,7 +149,7 @@ async def _operator(options: Operator) -> None:
         leadership = Leadership(api, identity=identity, clock=clock, jitter=jitter)
         stack.push_async_callback(leadership.release)
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.callback(telemetry.leave)
+        stack.callback(telemetry.hold, "leaving")
         control = Control(group, session=session, publisher=xds, telemetry=telemetry, clock=clock)
         reports = Reports(
             cluster.registry,

@@ -217,9 +217,12 @@ async def test_it_is_ready_when_every_pool_was_published_and_stays_so_until_it_l
     assert await rig.status("/readyz") == 200
     rig.telemetry.expect("three", interval_s=1.0)
     assert await rig.status("/readyz") == 200
-    rig.telemetry.leave()
+    rig.telemetry.hold("leaving")
     assert await rig.status("/readyz") == 503
+    assert await rig.text("/readyz") == "leaving\n"
     assert await rig.status("/healthz") == 200
+    rig.telemetry.release()
+    assert await rig.status("/readyz") == 200
 
 
 async def test_it_is_healthy_while_ticks_are_young_even_if_data_planes_refuse(rig: Rig) -> None:

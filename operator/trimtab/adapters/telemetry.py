@@ -133,7 +133,7 @@ class Telemetry(Collector):
         self._source = source
         self._pools: dict[str, _Pool] = {}
         self._ready = False
-        self._leaving = False
+        self._held_because = ""
         Gauge(
             "trimtab_build_info", "Which Trimtab this is.", ["version"], registry=self.registry
         ).labels(__version__).set(1)
@@ -187,9 +187,12 @@ class Telemetry(Collector):
             metric.remove_by_labels({"pool": pool})
         log.info("pool is no longer served", pool=pool)
 
-    def leave(self) -> None:
-        """Be unready from now on."""
-        self._leaving = True
+    def hold(self, why: str) -> None:
+        """Be unready, whatever is published, until `release`."""
+        self._held_because = why
+
+    def release(self) -> None:
+        self._held_because = ""
 
     # The witness of the loops
 
@@ -255,7 +258,7 @@ class Telemetry(Collector):
         """Whether every pool has been published once; pools that come later change nothing."""
         known = bool(self._pools) if self._source is None else self._source.synced
         self._ready = self._ready or (known and not self._waiting)
-        return self._ready and not self._leaving
+        return self._ready and not self._held_because
 
     @property
     def _waiting(self) -> list[str]:
@@ -305,9 +308,10 @@ class Telemetry(Collector):
     async def _answer_readyz(self, _: web.Request) -> web.Response:
         if self.ready:
             return web.Response(text="ok\n")
-        why = "leaving" if self._leaving else f"not yet published: {', '.join(self._waiting)}"
+        why = f"not yet published: {', '.join(self._waiting)}"
         if self._source is not None and not self._source.synced:
             why = "the cluster's objects are not yet known"
+        why = self._held_because or why
         return web.Response(status=503, text=f"{why}\n")
 
     async def _answer_pools(self, _: web.Request) -> web.Response:
