@@ -149,9 +149,9 @@ def test_an_older_word_never_undoes_a_newer_one() -> None:
     known = registry(pod())
     known.told(Kind.PODS, pod(version=5, ready=False))
     known.told(Kind.PODS, pod(version=4))
-    known.told(Kind.PODS, pod(version=4), gone=True)
     assert not serving(known)
     known.told(Kind.PODS, pod(version=6))
+    known.told(Kind.PODS, pod(version=5), gone=True)
     assert serving(known) == {"a"}
 
 

@@ -241,7 +241,7 @@ async def test_one_pool_that_cannot_be_written_does_not_keep_others_from_it() ->
 
     rig.recorder.answer = refuse
     async with rig.running():
-        await rig.time.run_until(2.0)
+        await rig.time.run_until(1.0)
     assert {name for name, _ in rig.recorder.statuses} >= {"team/good", "team/other"}
 
 

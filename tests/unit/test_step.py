@@ -384,6 +384,13 @@ def test_who_is_asked_to_leave_gets_no_new_work_and_is_still_watched() -> None:
     assert "asked to leave" in decision.changes[0]
 
 
+def test_who_drained_and_is_gone_is_forgotten() -> None:
+    state, _ = _healthy(5)
+    state, before = _draining(state, {e: _page(6) for e in POOL}, {D}, at_s=6)
+    _, after = _tick(state, {e: _page(7) for e in (A, B, C)}, at_s=7)
+    assert after.snapshot == replace(before.snapshot, draining=frozenset())
+
+
 def test_the_backlog_of_who_leaves_does_not_move_the_others_weights() -> None:
     state, _ = _healthy(5)
     calm, busy = (
