@@ -312,7 +312,7 @@ def bootstrap(
                     }
                 ],
             },
-            "cds_config": _FROM_ADS,
+            "cds_config": _AWAITED,
         },
         "static_resources": {
             "listeners": [_listener(listener, picked=bool(pickers)) for listener in listeners],
@@ -374,7 +374,7 @@ def _connection_manager(name: str, *, picked: bool) -> dict[str, Any]:
     return {
         "@type": f"{_HCM}.HttpConnectionManager",
         "stat_prefix": name,
-        "rds": {"route_config_name": name, "config_source": _FROM_ADS},
+        "rds": {"route_config_name": name, "config_source": _AWAITED},
         "use_remote_address": True,
         "normalize_path": True,
         "preserve_external_request_id": True,  # a client that traces finds its id in our logs
@@ -445,6 +445,8 @@ def _type(message: Any) -> str:
 
 _UNPICKED = {"typed_per_filter_config": envoy_picker.no_check()}
 _FROM_ADS = {"ads": {}, "resource_api_version": "V3"}
+# By default Envoy waits 15 s for each and then opens its port to answer 404: it looked ready.
+_AWAITED = {**_FROM_ADS, "initial_fetch_timeout": "0s"}
 _FILTERS = "type.googleapis.com/envoy.extensions.filters.http"
 _HCM = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3"
 _CONNECTION_LIMIT = {  # Envoy warns at each start when there is none

@@ -80,3 +80,12 @@ def test_the_admin_interface_is_on_loopback_whatever_the_listeners_are() -> None
 def test_an_xds_server_may_be_named_or_numbered(host: str, kind: str) -> None:
     made = bootstrap([], xds=(host, 18000), admin_port=9901)
     assert made["static_resources"]["clusters"][0]["type"] == kind
+
+
+def test_a_gateway_that_nobody_tells_anything_keeps_its_port_closed() -> None:
+    """It would open after 30 s, answer 404 to everybody and look ready to a probe."""
+    told = bootstrap([Listener("gateway", 8000)], xds=("127.0.0.1", 18000), admin_port=9901)
+    manager = told["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]
+    routes = manager["typed_config"]["rds"]["config_source"]
+    clusters = told["dynamic_resources"]["cds_config"]
+    assert routes["initial_fetch_timeout"] == clusters["initial_fetch_timeout"] == "0s"
