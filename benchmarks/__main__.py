@@ -1,21 +1,21 @@
-"""Run the benchmarks named, or all, and print their figures as they come."""
+"""Run the benchmarks named, or the usual ones, and print their figures as they come.
+
+`picker_faults` takes many minutes and runs only when named; the simulation study is a command of
+its own (`python -m benchmarks.study`).
+"""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 
-import benchmarks
+USUAL = ("parse", "push", "watch", "picker")
 
 
 def main() -> None:
-    names = sys.argv[1:] or [m.name for m in pkgutil.iter_modules(benchmarks.__path__)]
-    for name in names:
-        run = getattr(importlib.import_module(f"benchmarks.{name}"), "run", None)
-        if run is not None:
-            for figure, value in run().items():
-                print(f"{name:<12}{figure:<44}{value:>12.4g}", flush=True)  # noqa: T201  # the table
+    for name in sys.argv[1:] or USUAL:
+        for figure, value in importlib.import_module(f"benchmarks.{name}").run().items():
+            print(f"{name:<12}{figure:<44}{value:>12.4g}", flush=True)  # noqa: T201  # the table
 
 
 if __name__ == "__main__":
