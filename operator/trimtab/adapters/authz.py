@@ -211,5 +211,4 @@ def _number(text: bytes) -> int | None:
 
 @functools.lru_cache(maxsize=4096)
 def _written(endpoint: Endpoint) -> bytes:
-    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
-    return f"{host}:{endpoint.port}".encode()
+    return endpoint.where.encode()

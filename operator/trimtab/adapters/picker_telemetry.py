@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from trimtab.adapters.ads import PoolsClient
     from trimtab.adapters.authz import AuthzServer
-    from trimtab.core.model import Endpoint
     from trimtab.picks import Decided, Picks
     from trimtab.ports import Clock
 
@@ -127,7 +126,7 @@ class PickerTelemetry(Collector):
             for endpoint in books.endpoints:
                 estimate = books.ledger.estimate(endpoint, now_s=now_s)
                 if estimate is not None:
-                    values = [name, endpoint.pod, _address(endpoint)]
+                    values = [name, endpoint.pod, endpoint.where]
                     gauges["prefill_tokens"].add_metric(values, estimate.prefill_tokens)
                     gauges["context_tokens"].add_metric(values, estimate.context_tokens)
                     gauges["requests"].add_metric(values, estimate.requests)
@@ -160,15 +159,10 @@ def _line(decided: Decided, now_s: float) -> dict[str, Any]:
         "body_bytes": decided.body_bytes,
         "prompt_tokens": round(decided.tokens),
         "chosen": pick.endpoint.pod,
-        "address": _address(pick.endpoint),
+        "address": pick.endpoint.where,
         "predicted_ttft_s": round(pick.ttft_s, 4),
         "candidates": [
-            {"pod": endpoint.pod, "address": _address(endpoint), "ttft_s": round(cost_s, 4)}
+            {"pod": endpoint.pod, "address": endpoint.where, "ttft_s": round(cost_s, 4)}
             for endpoint, cost_s in pick.costs_s
         ],
     }
-
-
-def _address(endpoint: Endpoint) -> str:
-    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
-    return f"{host}:{endpoint.port}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from trimtab.core.model import Decision, Endpoint, Observation
+    from trimtab.core.model import Decision, Observation
     from trimtab.ports import Clock
 
 OVERDUE_S = 10.0  # or three periods: one slow tick must not get the process restarted
@@ -390,7 +390,7 @@ class Telemetry(Collector):
         for name, pool in self._pools.items():
             if pool.decision is not None:
                 for endpoint, report in pool.decision.endpoints.items():
-                    values = [name, endpoint.pod, _address(endpoint)]
+                    values = [name, endpoint.pod, endpoint.where]
                     age_s = report.age_s + now_s - pool.decided_s
                     gauges["weight"].add_metric(values, report.weight)
                     gauges["backlog_tokens"].add_metric(values, report.backlog_tokens)
@@ -409,8 +409,3 @@ _ENDPOINT_GAUGES = {
     "speed_ratio": "Measured speed over the median of the pool; 1 until known.",
     "data_age_seconds": "Age of the data on which its weight rests.",
 }
-
-
-def _address(endpoint: Endpoint) -> str:
-    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
-    return f"{host}:{endpoint.port}"

@@ -130,7 +130,7 @@ def _rows(reports: Mapping[Endpoint, EndpointReport], *, late_s: float) -> dict[
         endpoint: Row(
             name=_name(endpoint),
             pod=endpoint.pod,
-            address=_address(endpoint),
+            address=endpoint.where,
             running=_finite(report.running),
             waiting=_finite(report.waiting),
             kv_percent=None if report.kv_used_ratio is None else _known(100 * report.kv_used_ratio),
@@ -209,14 +209,9 @@ def _deeds(deeds: Deeds, snapshot: str, *, now_s: float) -> Iterable[str]:
 # Words and numbers.
 
 
-def _address(endpoint: Endpoint) -> str:
-    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
-    return f"{host}:{endpoint.port}"
-
-
 def _name(endpoint: Endpoint) -> str:
     """On plain hosts a pod is called by its address, port and all."""
-    address = _address(endpoint)
+    address = endpoint.where
     return address if endpoint.pod == address else f"{endpoint.pod}:{endpoint.port}"
 
 

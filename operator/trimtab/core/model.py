@@ -28,6 +28,12 @@ class Endpoint(NamedTuple):
     address: str
     port: int
 
+    @property
+    def where(self) -> str:
+        """address:port as in a URL: IPv6 in brackets."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

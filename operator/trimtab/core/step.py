@@ -203,6 +203,6 @@ def _judge(
 
 
 def _change(endpoint: Endpoint, before: EndpointState, now: EndpointState, reason: str) -> str:
-    address = f"{endpoint.address}:{endpoint.port}"
+    address = endpoint.where
     where = address if endpoint.pod == address else f"{endpoint.pod} ({address})"
     return f"{where} was {before}, is {now}" + (f": {reason}" if reason else "")
