@@ -5,7 +5,9 @@ overtaken: each carries its version and never undoes a newer one, and a list say
 is gone. So whatever happened before, after a list of each kind the answer is the same.
 
 A pod serves while it is ready. One that is asked to leave drains: what it works on goes on, new
-work goes elsewhere. A pool whose spec cannot be understood keeps the last that could.
+work goes elsewhere. When the API server was away for a minute, Kubernetes hears of no node and
+calls every pod unready; where that is so of a whole pool, the last word of the kubelets holds. A
+pool whose spec cannot be understood keeps the last that could.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Pod:
     """Empty until it has one, and when it is over."""
     node: str = ""
     ready: bool = False
+    vouched: bool = False
+    """Its kubelet called it ready last; if it is not, its node is not heard of."""
     leaving: bool = False
 
 
@@ -190,17 +194,15 @@ class Registry:
         pods = sorted((pod for pod in there if selects(served, pod)), key=lambda pod: pod.name)
         ports = [port.number for port in spec.target_ports]
 
-        def endpoints(*, leaving: bool) -> frozenset[Endpoint]:
-            return frozenset(
-                Endpoint(pod.name, pod.address, port)
-                for pod in pods
-                if pod.address and pod.leaving == leaving and (pod.ready or leaving)
-                for port in ports
-            )
+        def endpoints(among: list[Pod]) -> frozenset[Endpoint]:
+            return frozenset(Endpoint(p.name, p.address, port) for p in among for port in ports)
 
-        serving = endpoints(leaving=False)
+        staying = [pod for pod in pods if pod.address and not pod.leaving]
+        ready = [pod for pod in staying if pod.ready]
+        serving = endpoints(ready or [pod for pod in staying if pod.vouched])
         taken = {(address, port) for _, address, port in serving}
-        draining = {e for e in endpoints(leaving=True) if (e.address, e.port) not in taken}
+        leaving = endpoints([pod for pod in pods if pod.address and pod.leaving])
+        draining = {e for e in leaving if (e.address, e.port) not in taken}
         return replace(served, endpoints=serving, draining=frozenset(draining), pods=tuple(pods))
 
 
@@ -217,8 +219,10 @@ def _known(kind: Kind, item: Mapping[str, Any]) -> Pod | Pool | None:
     uid = str(meta.get("uid") or f"{namespace}/{name}")
     version = _number(meta.get("resourceVersion"))
     if kind is Kind.PODS:
-        status = _map(item, "status")
+        spec, status = _map(item, "spec"), _map(item, "status")
         over = status.get("phase") in _OVER
+        true = _true_conditions(status)
+        gates = {str(gate.get("conditionType")) for gate in _maps(spec, "readinessGates")}
         return Pod(
             namespace=namespace,
             name=name,
@@ -226,11 +230,12 @@ def _known(kind: Kind, item: Mapping[str, Any]) -> Pod | Pool | None:
             version=version,
             labels=_map(meta, "labels"),
             address="" if over else str(status.get("podIP") or ""),
-            node=str(_map(item, "spec").get("nodeName") or ""),
-            ready=_is_ready(status),
+            node=str(spec.get("nodeName") or ""),
+            ready="Ready" in true,
+            vouched={"ContainersReady", *gates} <= true,
             leaving=meta.get("deletionTimestamp") is not None,
         )
-    spec, complaint = _spec(item)
+    wanted, complaint = _spec(item)
     return Pool(
         namespace=namespace,
         name=name,
@@ -238,7 +243,7 @@ def _known(kind: Kind, item: Mapping[str, Any]) -> Pod | Pool | None:
         version=version,
         generation=_number(meta.get("generation")),
         created=str(meta.get("creationTimestamp") or ""),
-        spec=spec,
+        spec=wanted,
         complaint=complaint,
         status=_map(item, "status"),
     )
@@ -253,17 +258,19 @@ def _spec(item: Mapping[str, Any]) -> tuple[InferencePoolSpec | None, str]:
         return None, f"{where}: {first['msg']}"
 
 
-def _is_ready(status: Mapping[str, Any]) -> bool:
-    conditions = status.get("conditions")
-    return isinstance(conditions, list) and any(
-        isinstance(each, dict) and each.get("type") == "Ready" and each.get("status") == "True"
-        for each in conditions
-    )
+def _true_conditions(status: Mapping[str, Any]) -> set[str]:
+    conditions = _maps(status, "conditions")
+    return {str(each.get("type")) for each in conditions if each.get("status") == "True"}
 
 
 def _map(item: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = item.get(key)
     return value if isinstance(value, dict) else _NOTHING
+
+
+def _maps(item: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = item.get(key)
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _number(version: object) -> int:

@@ -36,6 +36,8 @@ def pod(
     namespace: str = "team",
     address: str | None = "10.0.0.1",
     phase: str = "Running",
+    heard_of: bool = True,
+    gate: str = "",
 ) -> dict[str, Any]:
     metadata = {
         "name": name,
@@ -46,9 +48,12 @@ def pod(
     }
     if leaving:
         metadata["deletionTimestamp"] = "2026-11-25T00:00:00Z"
-    condition = {"type": "Ready", "status": "True" if ready else "False"}
-    status = {"phase": phase, "podIP": address, "conditions": [condition]}
-    return {"metadata": metadata, "spec": {"nodeName": "node-0"}, "status": status}
+    conditions = [{"type": "ContainersReady", "status": "True" if ready else "False"}]
+    conditions += [{"type": "Ready", "status": "True" if ready and heard_of else "False"}]
+    conditions += [{"type": gate, "status": "False"}] if gate else []
+    spec = {"nodeName": "node-0", "readinessGates": [{"conditionType": gate}] if gate else []}
+    status = {"phase": phase, "podIP": address, "conditions": conditions}
+    return {"metadata": metadata, "spec": spec, "status": status}
 
 
 def registry(*pods: dict[str, Any], pools: list[dict[str, Any]] | None = None) -> Registry:
@@ -130,6 +135,26 @@ def test_a_change_of_a_pod_counts_at_once(change: dict[str, Any], remain: set[st
     assert serving(known) == {"a"}
     known.told(Kind.PODS, change)
     assert serving(known) == remain
+
+
+def test_where_no_node_is_heard_of_the_last_word_of_the_kubelets_holds() -> None:
+    """After a minute without API server, Kubernetes calls all pods unready; they are not."""
+    known = registry(pod(), pod("b", address="10.0.0.2"), pod("c", address="10.0.0.3", ready=False))
+    known.told(Kind.PODS, pod(version=2, heard_of=False))
+    assert serving(known) == {"b"}  # one node alone is more likely dead
+    known.told(Kind.PODS, pod("b", 3, address="10.0.0.2", heard_of=False))
+    assert serving(known) == {"a", "b"}
+    known.told(Kind.PODS, pod(version=4))
+    assert serving(known) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [pod(heard_of=False, gate="example.com/gate"), pod(heard_of=False, leaving=True)],
+    ids=["held back by a gate", "leaving"],
+)
+def test_who_is_unready_for_a_reason_of_his_own_does_not_serve(other: dict[str, Any]) -> None:
+    assert not serving(registry(other))
 
 
 def test_a_pod_that_gains_the_label_comes_in() -> None:
