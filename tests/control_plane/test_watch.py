@@ -194,21 +194,6 @@ async def test_a_server_that_refuses_for_a_while_is_asked_again(
             assert watch.stale == []
 
 
-async def test_a_stream_that_breaks_off_with_an_error_is_made_anew(kubeconfig: Path) -> None:
-    """Kopf ends altogether then."""
-    async with a_cluster() as server, watching(kubeconfig, server) as (heard, watch):
-        await heard.until(lambda: heard.registry.synced)
-        await until_asked(server, "watch", "pods")
-        error = b'{"type": "ERROR", "object": {"code": 500, "message": "leader changed"}}'
-        server.spoil = lambda asked: web.Response(body=error) if asked.verb == "watch" else None
-        server.cut_streams()
-        await until_asked(server, "list", "pods", times=2)
-        server.spoil = lambda _: None
-        server.put("pods", pod("b"))
-        await heard.until(lambda: heard.pods() == {"a", "b"})
-        assert watch.failures_total > 0
-
-
 async def test_words_that_cannot_be_passed_on_are_counted_and_end_nothing(
     kubeconfig: Path,
 ) -> None:
