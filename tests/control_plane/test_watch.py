@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiohttp import web
 
-from api_server import ApiServer, refuse
+from api_server import ApiServer, Asked, refuse
 from pools import pool
-from trimtab.adapters.watch import STALE_S, Watch
+from trimtab.adapters.watch import DEAD_S, STALE_S, Watch
 from trimtab.registry import Kind, Registry
 
 if TYPE_CHECKING:
@@ -193,6 +194,30 @@ async def test_a_server_that_refuses_for_a_while_is_asked_again(
             assert watch.stale == []
 
 
+async def test_a_stream_that_breaks_off_with_an_error_is_made_anew(kubeconfig: Path) -> None:
+    """Kopf ends altogether then, or hangs in its end."""
+    error = b'{"type": "ERROR", "object": {"code": 500, "message": "leader changed"}}'
+    async with a_cluster() as server, watching(kubeconfig, server) as (heard, watch):
+        await heard.until(lambda: heard.registry.synced)
+        for round_ in range(2, 6):
+            await until_asked(server, "watch", "pods", times=round_ - 1)
+            await until_asked(server, "watch", "inferencepools", times=round_ - 1)
+            broken = {"pods", "inferencepools"}
+
+            def spoil(asked: Asked, broken: set[str] = broken) -> web.Response | None:
+                if asked.verb != "watch" or asked.resource not in broken:
+                    return None
+                broken.remove(asked.resource)
+                return web.Response(body=error)
+
+            server.spoil = spoil
+            server.cut_streams()
+            await until_asked(server, "list", "pods", times=round_)
+            server.put("pods", pod(f"b{round_}"))
+            await heard.until(lambda: len(heard.pods()) == round_)  # noqa: B023  # awaited here
+        assert watch.failures_total > 0
+
+
 async def test_words_that_cannot_be_passed_on_are_counted_and_end_nothing(
     kubeconfig: Path,
 ) -> None:
@@ -217,7 +242,9 @@ async def test_who_asks_for_nothing_for_long_is_stale(kubeconfig: Path) -> None:
         await until_asked(server, "watch", "pods")
         await until_asked(server, "watch", "inferencepools")
         watch._leaving.set()  # nobody looks after it any more
-        now_s = STALE_S + 1
+        now_s = DEAD_S
+        assert watch.stale == []
+        now_s = DEAD_S + 1
         assert watch.stale == ["inferencepools", "pods"]
 
 

@@ -1,7 +1,7 @@
 """Kopf as the watcher: it tells what the API server says, and writes nothing there.
 
 Kopf runs in a thread and a loop of its own, because it cancels every task of its loop that is not
-its own, and is made anew whenever it ends or stands still. Two of its gaps are closed here, in the
+its own, and is made anew whenever it ends, stands still or hangs in its own exit. Two of its gaps are closed here, in the
 HTTP session that it is given: it tells no handler what a list did not name, so the lists are read
 off the wire; and it hides bookmarks, so that streams are kept short enough for their renewal to
 prove that somebody is still watching.
@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,12 +29,15 @@ GROUP, VERSION = "trimtab.dev", "v1alpha1"
 KINDS = {"inferencepools": (GROUP, VERSION), "pods": ("", "v1")}
 """What is watched: plural, group and version."""
 
-STREAM_S = 120  # the server ends a stream after that, and it is renewed where it ended
-STALE_S = 300.0  # two renewals and the 70 s after which Kopf gives up a silent stream
+STREAM_S = 15  # the server ends a stream after that, and it is renewed where it ended
+SILENT_S = 20.0  # a stream that says nothing for longer than it lives is dead
+STALE_S = 45.0  # nobody asked, though a stream lives for 15 s, or silent for 20: made anew
+DEAD_S = 120.0  # not even that has helped
 START_S = 30.0  # no list so long after the start: the resource definition may have come since
 ANSWER_S = 30.0  # a list of 10,000 pods from a busy server
 CONNECT_S = 5.0
 RETRY_S = 1.0
+LOOK_EVERY_S = 0.1
 LEAVE_S = 5.0
 _BACKOFFS_S = (0.5, 1.0, 2.0)  # and the last for ever: the API server may be away for hours
 
@@ -53,6 +57,18 @@ class _Backoffs:
 
     def __iter__(self) -> Iterator[float]:
         return itertools.chain(_BACKOFFS_S, itertools.repeat(_BACKOFFS_S[-1]))
+
+
+class _Obituaries(logging.Handler):
+    """Only its log says that a task of Kopf's has died, and Kopf may hang from then on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.death = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            self.death = self.death or repr(record.exc_info[1])
 
 
 class Watch:
@@ -81,6 +97,7 @@ class Watch:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._main, name="kopf", daemon=True)
         self._asked_s: dict[str, float] = {}
+        self._sessions: list[aiohttp.ClientSession] = []
         self._complaints: dict[str, str] = {}
         """What the log already says is wrong, by kind."""
         self.failures_total = 0
@@ -93,22 +110,26 @@ class Watch:
     async def stop(self) -> None:
         """Return when nothing is told any more, or at least nobody waits for it any longer."""
         self._leaving.set()
-        await asyncio.to_thread(self._thread.join, LEAVE_S)
+        await asyncio.to_thread(self._thread.join, 2 * LEAVE_S)
 
     @property
     def stale(self) -> list[str]:
-        """Kinds about which nobody has asked for so long that nobody watches them any more.
+        """Kinds about which nobody asks and will ask any more: only a new process can help.
 
         An API server that is away makes nothing stale: it is asked again and again.
         """
         now_s = self._now_s()
-        return [k for k in KINDS if now_s - self._asked_s.get(k, self._began_s) > STALE_S]
+        last_s = {k: max(self._began_s, self._asked_s.get(k, -math.inf)) for k in KINDS}
+        return [kind for kind, asked_s in last_s.items() if now_s - asked_s > DEAD_S]
 
     # In Kopf's thread
 
     def _main(self) -> None:
         # It logs each event, and each attempt of an outage; we log changes.
-        logging.getLogger("kopf").setLevel(logging.CRITICAL)
+        kopfs = logging.getLogger("kopf")
+        kopfs.setLevel(logging.ERROR)
+        kopfs.propagate = False
+        kopfs.addHandler(logging.NullHandler())
         while not self._leaving.is_set():
             try:
                 asyncio.run(self._watch())
@@ -125,10 +146,11 @@ class Watch:
             log.warning("the API server tells nothing, it is asked again", of=what, reason=reason)
 
     async def _watch(self) -> None:
-        stop = asyncio.Event()
-        guard = asyncio.create_task(self._guard(stop))  # before Kopf: it spares what was there
-        try:
-            await kopf.operator(
+        """Run one Kopf until it is to end, dies or stands still."""
+        self._began_s, self._asked_s = self._now_s(), {}
+        stop, obituaries = asyncio.Event(), _Obituaries()
+        kopfs = asyncio.create_task(
+            kopf.operator(
                 registry=self._handlers(),
                 settings=self._settings(),
                 standalone=True,
@@ -136,27 +158,44 @@ class Watch:
                 namespaces=[self._namespace] if self._namespace else [],
                 stop_flag=stop,
             )
+        )
+        logging.getLogger("kopf").addHandler(obituaries)
+        try:
+            while not (kopfs.done() or obituaries.death or self._stands_still()):
+                await asyncio.wait([kopfs], timeout=LOOK_EVERY_S)
+                if self._leaving.is_set():
+                    stop.set()
+                    await asyncio.wait([kopfs], timeout=LEAVE_S)
+                    return
+            if obituaries.death or kopfs.done():
+                self._complain("watch", obituaries.death or "Kopf has ended")
         finally:
-            guard.cancel()
-        if not stop.is_set():
-            raise RuntimeError("Kopf has ended")
+            logging.getLogger("kopf").removeHandler(obituaries)
+            await self._end_all()
 
-    async def _guard(self, stop: asyncio.Event) -> None:
-        """Have Kopf end when it is asked to, or when it stands still."""
-        began_s = self._now_s()
-        self._asked_s = {}
-        while not self._leaving.is_set():
-            await asyncio.sleep(0.1)
-            now_s = self._now_s()
-            missing = [k for k in KINDS if k not in self._asked_s and now_s - began_s > START_S]
-            still = [k for k, asked_s in self._asked_s.items() if now_s - asked_s > STALE_S]
-            if missing:
-                self._complain("watch", f"no such kind: {', '.join(missing)}")
-            if still:
-                self._complain("watch", f"nobody asks for {', '.join(still)}")
-            if missing or still:
-                break
-        stop.set()
+    async def _end_all(self) -> None:
+        """End what Kopf has left in our loop; it hangs at times, and swallows a cancellation."""
+        give_up_s = time.monotonic() + LEAVE_S
+        while (left := asyncio.all_tasks() - {asyncio.current_task()}) and (
+            time.monotonic() < give_up_s
+        ):
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=LOOK_EVERY_S)
+        while self._sessions:
+            await self._sessions.pop().close()
+
+    def _stands_still(self) -> bool:
+        now_s = self._now_s()
+        missing = [k for k in KINDS if k not in self._asked_s and now_s - self._began_s > START_S]
+        still = [k for k, asked_s in self._asked_s.items() if now_s - asked_s > STALE_S]
+        if still:
+            self._complain("watch", f"nobody asks for {', '.join(still)}")
+        elif missing and "watch" not in self._complaints:
+            self._complain("watch", f"there are no {', '.join(missing)}: is the CRD installed?")
+        elif len(self._asked_s) == len(KINDS):
+            self._complaints.pop("watch", None)
+        return bool(missing or still)
 
     def _handlers(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
@@ -187,6 +226,7 @@ class Watch:
         settings.scanning.disabled = True  # what is watched is known; no rights to see definitions
         settings.process.ultimate_exiting_timeout = None  # it would kill us all
         settings.watching.server_timeout = STREAM_S
+        settings.watching.inactivity_timeout = SILENT_S
         settings.watching.connect_timeout = CONNECT_S
         settings.networking.connect_timeout = CONNECT_S
         settings.networking.request_timeout = ANSWER_S
@@ -211,6 +251,7 @@ class Watch:
             trust_env=found.trust_env,
             trace_configs=[self._traces()],
         )
+        self._sessions.append(session)
         return kopf.AiohttpSession(
             server=found.server,
             default_namespace=found.default_namespace,
@@ -240,7 +281,8 @@ class Watch:
     async def _failed(
         self, _: object, __: object, end: aiohttp.TraceRequestExceptionParams
     ) -> None:
-        if (kind := end.url.name) in KINDS and isinstance(end.exception, Exception):
+        if isinstance(end.exception, Exception):
+            kind = end.url.name if end.url.name in KINDS else "watch"
             self._complain(kind, type(end.exception).__name__)
 
     async def _answered(
